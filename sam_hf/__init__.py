@@ -1,0 +1,39 @@
+"""sam_hf: sharpness-aware training as a drop-in Hugging Face Trainer.
+
+from sam_hf import SAMConfig, SAMTrainer
+
+trainer = SAMTrainer(model=model, args=args, train_dataset=data, sam_config=SAMConfig())
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# transformers imports its Trainer, and torch with it, only when it is asked for. So does this
+# package: `import sam_hf` stays as quick as `import transformers`.
+_MODULES = {
+    "SAMConfig": "config",
+    "SAMTrainingArguments": "config",
+    "SAMTrainer": "trainer",
+    "SAMTrainerMixin": "trainer",
+    "with_sam": "trainer",
+}
+
+if TYPE_CHECKING:
+    from .config import SAMConfig, SAMTrainingArguments
+    from .trainer import SAMTrainer, SAMTrainerMixin, with_sam
+
+__all__ = ["SAMConfig", "SAMTrainer", "SAMTrainerMixin", "SAMTrainingArguments", "with_sam"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

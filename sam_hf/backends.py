@@ -1,0 +1,191 @@
+"""Where the weights live, how they are read and written, and what cannot be trained with SAM.
+
+The maths of the methods receives one primitive, `Backend.dot`, and never asks where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+from .params import select_parameters, sparse_parameters
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Backend:
+    """Numbers over all weights, and writing weights, for a model on one device.
+
+    Args:
+        weights: the perturbed parameters.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        is_double = any(w.dtype is torch.float64 for w in weights)
+        self.accumulate_in = torch.float64 if is_double else torch.float32
+        self.rng_devices = {w.device for w in weights if w.device.type != "cpu"}
+        self.half = any(w.dtype in _HALF for w in weights)
+
+    def dot(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        """The inner product over all tensors, accumulated in fp32 (float64 for float64 weights)."""
+        if not xs:
+            return torch.zeros((), dtype=self.accumulate_in)
+        if xs is ys and xs[0].device.type != "cpu":
+            norms = torch._foreach_norm(xs, 2, dtype=self.accumulate_in)
+            return torch.stack(norms).square_().sum()
+        # There is no multi-tensor inner product, and one made of multi-tensor operations would
+        # write a copy of the weights. On a CPU this is also the norm: `vector_norm` adds up one
+        # after the other, which is slower and, on 1e6 numbers, fifty times less exact.
+        products = [
+            torch.linalg.vecdot(
+                x.flatten().to(self.accumulate_in), y.flatten().to(self.accumulate_in)
+            )
+            for x, y in zip(xs, ys, strict=True)
+        ]
+        return torch.stack(products).sum()
+
+    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """g for the method to work on. fp16 cannot hold T² g (below 6e-8 it is 0): it gets fp32."""
+        grads = [w.grad for w in weights if w.grad is not None]
+        return [g.float() if g.dtype is torch.float16 else g for g in grads]
+
+
+def step_size(rho: float, squared_norm: Tensor) -> Tensor:
+    """ρ / |d|*, or 0 where that is no usable number. Decided on the device, without a wait."""
+    size = rho / squared_norm.sqrt()
+    return torch.where(torch.isfinite(squared_norm) & torch.isfinite(size), size, 0)
+
+
+@torch.no_grad()
+def add_scaled_(weights: list[Tensor], direction: list[Tensor], scale: Tensor) -> None:
+    """w += scale · d, and nothing at all where scale is 0, even if d holds inf or NaN.
+
+    `direction` is overwritten.
+    """
+    if any(w.dtype in _HALF for w in weights):
+        # In fp32, tensor by tensor: neither the scale nor scale · d need fit the narrow type.
+        for w, d in zip(weights, direction, strict=True):
+            w.add_(torch.where(scale == 0, 0, d.float().mul_(scale)))
+    elif all(w.device.type == "cpu" for w in weights):
+        if factor := scale.item():  # nothing to wait for on a CPU
+            torch._foreach_add_(weights, direction, alpha=factor)
+    else:
+        torch._foreach_mul_(direction, scale)
+        nothing = scale == 0
+        for d in direction:  # 0 · inf is NaN, and no multi-tensor operation turns NaN into 0
+            d.masked_fill_(nothing, 0)
+        torch._foreach_add_(weights, direction)
+
+
+class Perturbation:
+    """w + e in the place of w, until `restore` puts w back bit for bit.
+
+    w comes back from a copy: subtracting e would leave rounding errors in every weight. It is
+    written in place, because other objects (sharded parameters, flat buffers, captured graphs) hold
+    on to the memory of the weights.
+    """
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        self.weights = weights
+        self.saved: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def apply(self, direction: list[Tensor], scale: Tensor) -> None:
+        """Write w + scale · d. `direction` is overwritten."""
+        saved = [torch.empty_like(w) for w in self.weights]
+        torch._foreach_copy_(saved, self.weights)
+        self.saved = saved
+        add_scaled_(self.weights, direction, scale)
+        # An autocast region that somebody opened around the training keeps casts of w.
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def difference_(self) -> list[Tensor]:
+        """e as it was really applied, in the memory of the weights; `restore` must follow."""
+        assert self.saved is not None
+        torch._foreach_sub_(self.weights, self.saved)
+        return self.weights
+
+    @torch.no_grad()
+    def swallowed_share(self) -> float:
+        """The share of half-precision weights that rounding left at w. Waits for the device."""
+        assert self.saved is not None
+        unchanged = total = 0
+        for w, old in zip(self.weights, self.saved, strict=True):
+            if w.dtype in _HALF:
+                unchanged += int((w == old).sum())
+                total += w.numel()
+        return unchanged / max(total, 1)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put w back. A second call does nothing."""
+        if self.saved is not None:
+            torch._foreach_copy_(self.weights, self.saved)
+            self.saved = None
+            torch.clear_autocast_cache()
+
+
+_STEPS_INSIDE_BACKWARD = {
+    OptimizerNames.LOMO,
+    OptimizerNames.ADALOMO,
+    OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+}
+
+
+def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
+    """Raise where a SAM update would be wrong, with the reason and the way out.
+
+    Raises:
+        ValueError: the optimizer, the layout or the model cannot take part.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    optimizer = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    if args.optim in _STEPS_INSIDE_BACKWARD or (
+        issubclass(optimizer, LayerWiseDummyOptimizer)
+        or optimizer.__name__.lower() in ("lomo", "adalomo")
+    ):
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(
+            f"optim={name!r} (optimizer {optimizer.__name__}) updates the weights inside backward, "
+            "before SAM has the gradient at w + e. Choose an optim that steps after backward, such "
+            "as 'adamw_torch' or 'adafactor', or set sam_rho=0."
+        )
+    if is_sagemaker_mp_enabled():
+        raise ValueError(
+            "SageMaker model parallelism runs forward and backward in one call of its own, without "
+            "compute_loss. Train without it, or set sam_rho=0."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed steps inside backward, and SAM does not support it yet. Train without "
+            "`deepspeed`, or set sam_rho=0."
+        )
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism cut the inputs inside the training step, so that it "
+            "cannot be replayed. Set cp_size=1 and sp_size=1 in `parallelism_config`, or sam_rho=0."
+        )
+    if accelerator.num_processes > 1 or args.n_gpu > 1 or trainer.is_model_parallel:
+        raise ValueError(
+            f"SAM runs in one process on one device for the time being; this run has "
+            f"{accelerator.num_processes} processes and {max(args.n_gpu, 1)} devices in this one"
+            f"{' and a model split by device_map' if trainer.is_model_parallel else ''}. Start one "
+            "process that sees one device, or set sam_rho=0."
+        )
+    perturbed = select_parameters(trainer.model, sam_params)
+    if sparse := sorted(sparse_parameters(trainer.model) & perturbed.keys()):
+        raise ValueError(
+            f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Build the "
+            "embedding with sparse=False, or leave it out with sam_params."
+        )

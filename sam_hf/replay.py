@@ -1,0 +1,228 @@
+"""What must be the same in both passes, and what the second pass must leave as it was.
+
+Four things make the pass at w + e comparable with the pass at w, and invisible afterwards:
+
+* the recorded calls (`Tape`): the same inputs, even if the callee popped or overwrote them;
+* the random state (`RandomState`): the same dropout masks and noise;
+* the buffers (`BufferGuard`): running statistics are updated once for each batch;
+* the trainer's own attributes (`SideEffects`): counters and metric lists count once.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Tensors up to this size are taken for counters and running means, and are restored by value.
+_SMALL_TENSOR = 1024
+# Longer containers are taken for data: their entries are restored, what those hold is not.
+_LONG_CONTAINER = 256
+# These types and no subclasses, which may forbid what a restore does (`ModelOutput.update` raises).
+_CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
+
+
+class RandomState:
+    """The state of every generator that a forward pass may draw from.
+
+    Args:
+        devices: the accelerators that hold parameters. Their generators' states live on the host,
+            so that reading them does not wait for the device.
+    """
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._accelerators = [
+            (device, torch.get_device_module(device).get_rng_state(device)) for device in devices
+        ]
+        self._python = random.getstate()
+        # SpecAugment masks are drawn with NumPy. It is not imported for this: if nobody did,
+        # nobody draws from it.
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._accelerators:
+            torch.get_device_module(device).set_rng_state(state, device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def clone_inputs(value: Any) -> Any:
+    """A copy that nothing done to the original can reach: containers and tensors are copied.
+
+    Inputs are small beside the activations that are computed from them, so the copy costs little,
+    and it lets a callee pop `labels`, or mask its inputs in place, without the replay seeing it.
+    Modules and other objects are shared.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, Mapping):
+        duplicate = copy.copy(value)
+        if hasattr(duplicate, "__setitem__"):
+            for key, item in value.items():
+                duplicate[key] = clone_inputs(item)
+        return duplicate
+    if type(value) in (list, tuple):
+        return type(value)(clone_inputs(item) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(clone_inputs(item) for item in value))
+    return value
+
+
+@dataclass
+class RecordedCall:
+    """One call: its arguments, the random state it found, and what else its caller depended on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: RandomState
+    context: dict[str, Any]
+
+
+class Tape:
+    """The calls of an update, in their order."""
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self._devices = devices
+        self._calls: list[RecordedCall] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @contextmanager
+    def recording(
+        self, function: Callable[..., Any], context: dict[str, Any]
+    ) -> Iterator[Callable[..., Any]]:
+        """Give a function that does what `function` does, and records what it was called with.
+
+        A block that fails leaves no trace: its gradient is not complete, so it is not replayed.
+        """
+        before = len(self._calls)
+
+        def recorder(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():  # without gradients it is a measurement, and no loss
+                self._calls.append(
+                    RecordedCall(
+                        clone_inputs(args),
+                        clone_inputs(kwargs),
+                        RandomState(self._devices),
+                        context,
+                    )
+                )
+            return function(*args, **kwargs)
+
+        try:
+            yield recorder
+        except BaseException:
+            del self._calls[before:]
+            raise
+
+    def take(self) -> list[RecordedCall]:
+        """The calls so far; the tape is empty afterwards."""
+        calls, self._calls = self._calls, []
+        return calls
+
+
+class BufferGuard:
+    """Finds the modules that write their buffers in a forward pass, and undoes such writing.
+
+    A module counts as a writer once a buffer of it was replaced or changed in place between `watch`
+    and `preserved`. All buffers of a writer are restored: BatchNorm's kernels do not tell that they
+    wrote the running mean, but its counter of batches does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [m for m in model.modules() if any(True for _ in m.buffers(recurse=False))]
+        self._writers: dict[nn.Module, None] = {}
+        self._versions: list[tuple[nn.Module, list[tuple[int, int]]]] = []
+
+    def watch(self) -> None:
+        """Remember what the buffers are before the first pass."""
+        self._versions = [(m, _versions(m)) for m in self._owners if m not in self._writers]
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Whatever happens to the writers' buffers inside the block is undone at its end."""
+        self._writers.update((m, None) for m, seen in self._versions if _versions(m) != seen)
+        kept = [
+            (module, name, buffer, buffer.clone())
+            for module in self._writers
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, value in kept:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    return [(id(b), b._version) for b in module._buffers.values() if b is not None]
+
+
+class SideEffects:
+    """Puts the attributes of some objects back to what they were, down through plain containers.
+
+    Rebound attributes, grown or changed lists, dictionaries, sets and deques, and small tensors
+    that were changed in place are restored. Objects are not entered: models, data sets, optimizers
+    and callbacks stay as they are.
+
+    Args:
+        owners: the objects. Containers in the attributes of the first one are followed, those of
+            the others only rebound.
+        skip: names of attributes that are data, not state.
+    """
+
+    def __init__(self, *owners: Any, skip: Collection[str] = ()) -> None:
+        self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        for name, value in self._attributes[0][1].items():
+            if name not in skip:
+                self._keep(value)
+
+    def _keep(self, value: Any) -> None:
+        if id(value) in self._contents:
+            return
+        if isinstance(value, Tensor):
+            if value.numel() <= _SMALL_TENSOR:
+                self._contents[id(value)] = (value, (value._version, value.detach().clone()))
+        elif type(value) in _CONTAINERS:
+            self._contents[id(value)] = (value, copy.copy(value))
+            if len(value) <= _LONG_CONTAINER:
+                for item in value.values() if isinstance(value, dict) else value:
+                    self._keep(item)
+        elif isinstance(value, tuple) and len(value) <= _LONG_CONTAINER:
+            for item in value:
+                self._keep(item)
+
+    def restore(self) -> None:
+        for attributes, kept in self._attributes:
+            for name in attributes.keys() - kept.keys():
+                del attributes[name]
+            attributes.update(kept)
+        for value, kept in self._contents.values():
+            if isinstance(value, Tensor):
+                version, content = kept
+                if value._version != version:
+                    with torch.no_grad():
+                        value.copy_(content)
+            elif isinstance(value, (dict, set)):
+                value.clear()
+                value.update(kept)
+            else:
+                value.clear()
+                value.extend(kept)

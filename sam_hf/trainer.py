@@ -1,0 +1,347 @@
+"""The mixin that makes a Trainer's update sharpness-aware: when to do what.
+
+One update, with the symbols of the SAM paper: the ascent pass at w is the trainer's own, untouched
+training step, and it is recorded; when the scope is complete the method turns the gradient g into
+the perturbation e; the recorded calls are replayed at w + e, which leaves g_s in `.grad`; w is put
+back. What follows (clipping, the optimizer, the schedule, logging) is the Trainer's.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from .backends import Perturbation, refuse_what_cannot_work, step_size
+from .config import SAMConfig
+from .readings import measure
+from .replay import RandomState, RecordedCall, SideEffects
+from .run import Run
+
+# Attributes of a trainer that hold examples: large, and not changed by a training step.
+_DATA_ATTRIBUTES = ("train_dataset", "eval_dataset")
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class SAMTrainerMixin(_Base):
+    """Makes the updates of the Trainer class that stands behind it sharpness-aware.
+
+    ``class MySAMTrainer(SAMTrainerMixin, MyTrainer): ...``
+
+    Args:
+        sam_config: the options. If left out, they are read from `args` where that is a `SAMConfig`
+            too (`SAMTrainingArguments`), else the defaults hold.
+        *args, **kwargs: those of the Trainer class.
+
+    Raises:
+        TypeError: when a class is made in which the mixin stands behind Trainer, where it would do
+            nothing.
+        ValueError: for options that are not allowed, and for optimizers, layouts and models that
+            cannot be trained with SAM (`backends.refuse_what_cannot_work`).
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        mro = cls.__mro__
+        if Trainer in mro and mro.index(Trainer) < mro.index(SAMTrainerMixin):
+            bases = ", ".join(base.__name__ for base in cls.__bases__)
+            raise TypeError(
+                f"class {cls.__name__}({bases}): SAMTrainerMixin stands behind Trainer and would "
+                "do nothing. Put it before the trainer class, or use with_sam(trainer_class)."
+            )
+
+    def __init__(self, *args: Any, sam_config: SAMConfig | None = None, **kwargs: Any) -> None:
+        if sam_config is not None and not isinstance(sam_config, SAMConfig):
+            raise TypeError(
+                f"sam_config={sam_config!r} is not allowed. Allowed: a SAMConfig or None."
+            )
+        super().__init__(*args, **kwargs)
+        if sam_config is not None and isinstance(self.args, SAMConfig):
+            raise ValueError(
+                "Both sam_config and args hold SAM options. Pass sam_config with plain "
+                "TrainingArguments, or SAMTrainingArguments alone."
+            )
+        self._sam_config = sam_config or SAMConfig()
+        self._sam_run: Run | None = None
+        self._sam_is_replaying = False
+        self._sam_warned_of_rounding = False
+        self._sam_check()
+        self.add_callback(_Guard(self))
+
+    @property
+    def sam_config(self) -> SAMConfig:
+        """The options in force: those in `args`, if it has any, so that a search can set them."""
+        return self.args if isinstance(self.args, SAMConfig) else self._sam_config
+
+    def _sam_check(self) -> None:
+        self.sam_config.validate_sam()
+        if self.sam_config.sam_rho > 0:
+            refuse_what_cannot_work(self, self.sam_config.sam_params)
+
+    def _sam_new_run(self) -> Run:
+        self._sam_check()
+        assert self.model is not None  # Trainer has seen to it
+        return Run(self.sam_config, self.model, self.optimizer)
+
+    # ---- One micro-batch ---------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The Trainer's training step, and the second pass where the scope of e is complete.
+
+        Returns the loss at w, detached. Nobody outside ever sees w + e.
+        """
+        if self._sam_run is None:
+            self._sam_run = self._sam_new_run()
+        run = self._sam_run
+        run.was_reached = True
+        if not self.sam_config.perturbs(self.state.global_step, self.state.max_steps):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+        each_alone = self.sam_config.sam_scope == "micro_batch"
+        if each_alone or not len(run.tape):
+            run.buffers.watch()
+        # With an e of its own, a micro-batch must not see the gradient of those before it.
+        with run.gradients_set_aside() if each_alone else nullcontext():
+            loss = self._sam_ascent(run, model, inputs, num_items_in_batch)
+            if each_alone or self.accelerator.sync_gradients:
+                self._sam_descent(run, model)
+        return loss
+
+    def _sam_ascent(
+        self, run: Run, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> Tensor:
+        """The pass at w: the trainer's own training step, recorded."""
+        context = {
+            "num_items_in_batch": num_items_in_batch,
+            "accumulation_steps": getattr(self, "current_gradient_accumulation_steps", 1),
+        }
+        calls_before = len(run.tape)
+        with (
+            run.tape.recording(self.compute_loss, context) as recorder,
+            _shadowed(self, compute_loss=recorder),
+        ):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if len(run.tape) == calls_before:
+                raise RuntimeError(
+                    f"{type(self).__name__}.training_step never called compute_loss, so there is "
+                    "nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
+                    "set sam_rho=0."
+                )
+        run.ascent_loss = loss if run.ascent_loss is None else run.ascent_loss + loss
+        return loss
+
+    def _sam_descent(self, run: Run, model: nn.Module) -> None:
+        """The pass at w + e: leaves g_s in `.grad`, and everything else as the ascent left it."""
+        calls = run.tape.take()
+        ascent_loss, run.ascent_loss = run.ascent_loss, None
+        names, weights = run.perturbed_with_gradient()
+        is_measured = self._sam_is_measured()
+        perturbation = Perturbation(weights)
+        is_complete = False
+        try:
+            try:
+                self._sam_perturb(run, names, perturbation, is_measured)
+                run.clear_gradients()
+                descent_loss = self._sam_replay(run, model, calls)
+                if is_measured:
+                    self._sam_measure(run, names, perturbation)
+                is_complete = True
+            finally:
+                perturbation.restore()
+                if not is_complete:
+                    run.clear_gradients()  # a part of g_s is no gradient to step with
+        finally:
+            # An interrupt may come between the `finally` above and its first line.
+            perturbation.restore()
+        assert ascent_loss is not None
+        run.readings.add_sharpness(descent_loss - ascent_loss)
+
+    # ---- The parts of the second pass --------------------------------------------------------
+
+    def _sam_perturb(
+        self, run: Run, names: list[str], perturbation: Perturbation, is_measured: bool
+    ) -> None:
+        """w becomes w + e. What is made of g dies here, so that its memory is free for g_s."""
+        weights, backend = perturbation.weights, run.backend
+        with torch.no_grad():
+            grads = backend.gradients(weights)
+            if is_measured:
+                run.readings.set(
+                    ascent_grad_norm=self._sam_unscaled(backend.dot(grads, grads).sqrt())
+                )
+            direction, squared_norm = run.method.direction(names, weights, grads, backend.dot)
+            scale = step_size(self.sam_config.sam_rho, squared_norm)
+            perturbation.apply(direction, scale)
+        if backend.half and not self._sam_warned_of_rounding:
+            self._sam_warned_of_rounding = True
+            warnings.warn(
+                f"Some perturbed weights are stored in half precision, where "
+                f"{perturbation.swallowed_share():.1%} of them are the same at w + e as at w: "
+                "rounding swallowed the perturbation. Load the model in float32 and train with "
+                "bf16=True or fp16=True, which compute in half precision and store in float32.",
+                stacklevel=2,
+            )
+
+    def _sam_replay(self, run: Run, model: nn.Module, calls: list[RecordedCall]) -> Tensor:
+        """Run the recorded calls through the base training step; the sum of their losses."""
+        config = self.sam_config
+        losses, flos = [], 0
+        buffers = run.buffers.preserved() if config.sam_freeze_norm_stats else nullcontext()
+        with buffers, self._sam_unseen(run):
+            for call in calls:
+                flos += self.floating_point_ops(_inputs_of(call))
+                if config.sam_replay_rng:
+                    call.random_state.restore()
+                replayed = functools.partial(self._sam_replayed_loss, self.compute_loss, call)
+                # The inputs were prepared before they were recorded.
+                with _shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
+                    self.current_gradient_accumulation_steps = call.context["accumulation_steps"]
+                    losses.append(
+                        Trainer.training_step(self, model, {}, call.context["num_items_in_batch"])
+                    )
+        self.current_flos += flos  # the loop counts the ascent alone
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def _sam_replayed_loss(
+        compute_loss: Callable[..., Any], call: RecordedCall, *_: Any, **__: Any
+    ) -> Tensor:
+        """Stands in for compute_loss: whatever it is given, the recorded call is made."""
+        result = compute_loss(*call.args, **call.kwargs)
+        loss: Tensor = result[0] if isinstance(result, tuple) else result
+        return loss
+
+    @contextmanager
+    def _sam_unseen(self, run: Run) -> Iterator[None]:
+        """What happens inside leaves no trace in the trainer, its logs and the random state."""
+        random_state = RandomState(run.backend.rng_devices)
+        side_effects = SideEffects(self, self.state, self.control, skip=_DATA_ATTRIBUTES)
+        self._sam_is_replaying = True
+        is_complete = False
+        try:
+            yield
+            is_complete = True
+        finally:
+            side_effects.restore()
+            self._sam_is_replaying = False
+            # Masks of its own advance the generators; those of a failed pass count for nothing.
+            if self.sam_config.sam_replay_rng or not is_complete:
+                random_state.restore()
+
+    # ---- Readings ----------------------------------------------------------------------------
+
+    def _sam_is_measured(self) -> bool:
+        """Whether a log will be written before the next perturbed update."""
+        if not self.accelerator.sync_gradients:
+            return False  # of the micro-batches of an update, the last one is measured
+        update, interval = self.state.global_step, self.sam_config.sam_interval
+        if self.args.logging_strategy == IntervalStrategy.STEPS:
+            is_first = update == 0 and self.args.logging_first_step
+            every = max(int(self.state.logging_steps or self.args.logging_steps), 1)
+            return is_first or (update + interval) // every > update // every
+        if self.args.logging_strategy == IntervalStrategy.EPOCH:
+            loader = self.accelerator.gradient_state
+            return bool(loader.end_of_dataloader or not loader.in_dataloader or interval > 1)
+        return False
+
+    @torch.no_grad()
+    def _sam_measure(self, run: Run, names: list[str], perturbation: Perturbation) -> None:
+        assert perturbation.saved is not None
+        e = perturbation.difference_()
+        w, g_s = perturbation.saved, [run.perturbed[name].grad for name in names]
+        groups = [run.groups[name] for name in names]
+        run.readings.set(**measure(run.method, names, groups, w, e, g_s, run.backend.dot))
+
+    def _sam_unscaled(self, norm: Tensor) -> Tensor:
+        """A norm of gradients without the factor of fp16's loss scaling."""
+        scaler = self.accelerator.scaler
+        return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's `log`, with the readings of SAM beside the training loss."""
+        if self._sam_is_replaying:
+            return  # the first pass has said it
+        if self._sam_run is not None and "loss" in logs and "learning_rate" in logs:
+            logs.update(self._sam_run.readings.pop())
+        super().log(logs, *args, **kwargs)
+
+
+class SAMTrainer(SAMTrainerMixin, Trainer):
+    """`transformers.Trainer` with sharpness-aware updates (SAM, ASAM)."""
+
+
+@functools.cache
+def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
+    """The subclass of `trainer_class` whose updates are sharpness-aware.
+
+    ``with_sam(SFTTrainer)`` is ``class SAMSFTTrainer(SAMTrainerMixin, SFTTrainer)``. The same class
+    comes back from every call.
+
+    Raises:
+        TypeError: `trainer_class` is no subclass of Trainer.
+    """
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, Trainer)):
+        raise TypeError(
+            f"with_sam({trainer_class!r}) is not allowed. Allowed: transformers.Trainer or a "
+            "subclass of it."
+        )
+    if issubclass(trainer_class, SAMTrainerMixin):
+        return trainer_class
+    names = {"__doc__": f"`{trainer_class.__name__}` with sharpness-aware updates."}
+    return type(f"SAM{trainer_class.__name__}", (SAMTrainerMixin, trainer_class), names)
+
+
+class _Guard(TrainerCallback):
+    """Starts each run afresh, and stops a run whose training step passes SAM by."""
+
+    def __init__(self, trainer: SAMTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        # Another model (model_init), other options (a search), a smaller batch (an out-of-memory
+        # retry) or no gradients from before: nothing of an earlier run holds.
+        self._trainer._sam_run = self._trainer._sam_new_run()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        run = self._trainer._sam_run
+        if run is not None and not run.was_reached and self._trainer.sam_config.sam_rho > 0:
+            raise RuntimeError(
+                f"{type(self._trainer).__name__} overrides training_step without calling "
+                "super().training_step, so that its updates are not sharpness-aware. Call it, or "
+                "set sam_rho=0."
+            )
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._trainer._sam_run = None
+
+
+def _inputs_of(call: RecordedCall) -> Any:
+    """The `inputs` of a recorded `compute_loss(model, inputs, ...)`."""
+    return call.kwargs["inputs"] if "inputs" in call.kwargs else call.args[1]
+
+
+@contextmanager
+def _shadowed(trainer: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Put functions in the place of methods, on this object alone, for the length of a block."""
+    attributes = vars(trainer)
+    before = {name: attributes[name] for name in functions if name in attributes}
+    attributes.update(functions)
+    try:
+        yield
+    finally:
+        for name in functions:
+            attributes.pop(name, None)
+        attributes.update(before)
