@@ -62,6 +62,11 @@ def step_size(rho: float, squared_norm: Tensor) -> Tensor:
     return torch.where(torch.isfinite(squared_norm) & torch.isfinite(size), size, 0)
 
 
+def _reading_is_free(number: Tensor) -> bool:
+    """Whether a number can be read without waiting for a device to compute it."""
+    return number.device.type == "cpu"
+
+
 @torch.no_grad()
 def add_scaled_(weights: list[Tensor], direction: list[Tensor], scale: Tensor) -> None:
     """w += scale · d, and nothing at all where scale is 0, even if d holds inf or NaN.
@@ -72,8 +77,8 @@ def add_scaled_(weights: list[Tensor], direction: list[Tensor], scale: Tensor) -
         # In fp32, tensor by tensor: neither the scale nor scale · d need fit the narrow type.
         for w, d in zip(weights, direction, strict=True):
             w.add_(torch.where(scale == 0, 0, d.float().mul_(scale)))
-    elif all(w.device.type == "cpu" for w in weights):
-        if factor := scale.item():  # nothing to wait for on a CPU
+    elif _reading_is_free(scale):
+        if factor := scale.item():
             torch._foreach_add_(weights, direction, alpha=factor)
     else:
         torch._foreach_mul_(direction, scale)

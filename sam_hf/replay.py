@@ -80,6 +80,11 @@ def clone_inputs(value: Any) -> Any:
     return value
 
 
+def _loss_in(result: Any) -> Tensor:
+    loss: Tensor = result[0] if isinstance(result, tuple) else result
+    return loss
+
+
 @dataclass
 class RecordedCall:
     """One call: its arguments, the random state it found, and what else its caller depended on."""
@@ -88,6 +93,23 @@ class RecordedCall:
     kwargs: dict[str, Any]
     random_state: RandomState
     context: dict[str, Any]
+    loss: Tensor | None = None
+    """What it returned, detached; of the replay, once it was replayed."""
+
+    @property
+    def inputs(self) -> Any:
+        """The `inputs` of a recorded `compute_loss(model, inputs, ...)`."""
+        return self.kwargs["inputs"] if "inputs" in self.kwargs else self.args[1]
+
+    def make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function`, and keep the loss that it returns, alone or first in a tuple."""
+        result = function(*args, **kwargs)
+        self.loss = _loss_in(result).detach()
+        return result
+
+    def repeat(self, function: Callable[..., Any], *_: Any, **__: Any) -> Tensor:
+        """Call `function` as it was called before, whatever it is given now; the loss alone."""
+        return _loss_in(self.make(function, *self.args, **self.kwargs))
 
 
 class Tape:
@@ -100,6 +122,10 @@ class Tape:
     def __len__(self) -> int:
         return len(self._calls)
 
+    def since(self, start: int) -> list[RecordedCall]:
+        """The calls from number `start` on."""
+        return self._calls[start:]
+
     @contextmanager
     def recording(
         self, function: Callable[..., Any], context: dict[str, Any]
@@ -111,16 +137,13 @@ class Tape:
         before = len(self._calls)
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():  # without gradients it is a measurement, and no loss
-                self._calls.append(
-                    RecordedCall(
-                        clone_inputs(args),
-                        clone_inputs(kwargs),
-                        RandomState(self._devices),
-                        context,
-                    )
-                )
-            return function(*args, **kwargs)
+            if not torch.is_grad_enabled():  # a measurement, and no loss to replay
+                return function(*args, **kwargs)
+            call = RecordedCall(
+                clone_inputs(args), clone_inputs(kwargs), RandomState(self._devices), context
+            )
+            self._calls.append(call)
+            return call.make(function, *args, **kwargs)
 
         try:
             yield recorder
@@ -226,3 +249,17 @@ class SideEffects:
             else:
                 value.clear()
                 value.extend(kept)
+
+
+@contextmanager
+def shadowed(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Put functions in the place of methods, on this object alone, for the length of a block."""
+    attributes = vars(owner)
+    before = {name: attributes[name] for name in functions if name in attributes}
+    attributes.update(functions)
+    try:
+        yield
+    finally:
+        for name in functions:
+            attributes.pop(name, None)
+        attributes.update(before)

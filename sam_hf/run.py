@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from .backends import Backend
 from .config import SAMConfig
 from .params import parameter_groups, select_parameters
 from .readings import Readings
-from .replay import BufferGuard, Tape
+from .replay import BufferGuard, RecordedCall, Tape
 
 
 class Run:
@@ -34,12 +35,49 @@ class Run:
         self.tape = Tape(self.backend.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
-        self.ascent_loss: Tensor | None = None
         self.was_reached = False
+        self._loss_scale: Tensor | None = None
+        self._is_loss_scale_checked = False
+        self._sharpness: Tensor | None = None
         # A loss may own parameters that are not the model's: their gradients are replayed too.
         groups = optimizer.param_groups if optimizer is not None else []
         in_optimizer = (p for group in groups for p in group["params"])
         self._parameters = list(dict.fromkeys([*model.parameters(), *in_optimizer]))
+
+    def add_to_sharpness(self, loss: Tensor) -> None:
+        """Add a share of L(w + e), or of -L(w), to the sharpness of the update."""
+        self._sharpness = loss if self._sharpness is None else self._sharpness + loss
+
+    def take_sharpness(self) -> Tensor:
+        """L(w + e) - L(w) over the micro-batches of the update."""
+        sharpness, self._sharpness = self._sharpness, None
+        assert sharpness is not None
+        return sharpness
+
+    def note_loss_scale(self, calls: list[RecordedCall], returned: Tensor) -> None:
+        """Remember by what a training step multiplied the loss of its calls."""
+        if self._loss_scale is None:
+            losses = [call.loss for call in calls if call.loss is not None]
+            self._loss_scale = returned / torch.stack(losses).sum()
+
+    def check_loss_scale(self, trainer: str, call: RecordedCall, returned: Tensor) -> None:
+        """Once, since it waits for the device: whether Trainer's own step multiplies by the same.
+
+        Raises:
+            RuntimeError: it does not, so the replay would not be that of the training step.
+        """
+        if self._is_loss_scale_checked or self._loss_scale is None or call.loss is None:
+            return
+        self._is_loss_scale_checked = True
+        ours, theirs = float(returned / call.loss), float(self._loss_scale)
+        # Not where the loss was 0 or no number. The tolerance is that of a loss in bfloat16.
+        if math.isfinite(ours) and math.isfinite(theirs) and abs(ours - theirs) > 0.02 * abs(ours):
+            raise RuntimeError(
+                f"{trainer}.training_step returned {theirs:.4g} times what compute_loss returned; "
+                f"Trainer's own returns {ours:.4g} times it. SAM replays compute_loss through "
+                "Trainer.training_step, so that what is done to the loss elsewhere would be lost "
+                "in the second pass. Do it in compute_loss, or set sam_rho=0."
+            )
 
     # `.grad` can only be read and set one parameter at a time, here and below.
     def perturbed_with_gradient(self) -> tuple[list[str], list[Tensor]]:
@@ -52,6 +90,12 @@ class Run:
                 "gradients inside backward: choose an optim that steps after it, or set sam_rho=0."
             )
         return names, [self.perturbed[name] for name in names]
+
+    def discard_update(self) -> None:
+        """Forget what the update has computed so far."""
+        self.tape.take()
+        self._sharpness = None
+        self.clear_gradients()
 
     def clear_gradients(self) -> None:
         for p in self._parameters:
@@ -72,9 +116,7 @@ class Run:
             if both:
                 torch._foreach_add_([g for g, _ in both], [new for _, new in both])
         except BaseException:
-            self.tape.take()
-            self.ascent_loss = None
-            self.clear_gradients()
+            self.discard_update()
             raise
         finally:
             for p, g in kept:

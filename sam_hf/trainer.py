@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .backends import Perturbation, refuse_what_cannot_work, step_size
 from .config import SAMConfig
 from .readings import measure
-from .replay import RandomState, RecordedCall, SideEffects
+from .replay import RandomState, RecordedCall, SideEffects, shadowed
 from .run import Run
 
 # Attributes of a trainer that hold examples: large, and not changed by a training step.
@@ -131,22 +131,23 @@ class SAMTrainerMixin(_Base):
         calls_before = len(run.tape)
         with (
             run.tape.recording(self.compute_loss, context) as recorder,
-            _shadowed(self, compute_loss=recorder),
+            shadowed(self, compute_loss=recorder),
         ):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            if len(run.tape) == calls_before:
+            calls = run.tape.since(calls_before)
+            if not calls:
                 raise RuntimeError(
                     f"{type(self).__name__}.training_step never called compute_loss, so there is "
                     "nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
                     "set sam_rho=0."
                 )
-        run.ascent_loss = loss if run.ascent_loss is None else run.ascent_loss + loss
+        run.note_loss_scale(calls, loss)
+        run.add_to_sharpness(-loss)
         return loss
 
     def _sam_descent(self, run: Run, model: nn.Module) -> None:
         """The pass at w + e: leaves g_s in `.grad`, and everything else as the ascent left it."""
         calls = run.tape.take()
-        ascent_loss, run.ascent_loss = run.ascent_loss, None
         names, weights = run.perturbed_with_gradient()
         is_measured = self._sam_is_measured()
         perturbation = Perturbation(weights)
@@ -162,12 +163,13 @@ class SAMTrainerMixin(_Base):
             finally:
                 perturbation.restore()
                 if not is_complete:
-                    run.clear_gradients()  # a part of g_s is no gradient to step with
+                    run.discard_update()  # a part of g_s is no gradient to step with
         finally:
             # An interrupt may come between the `finally` above and its first line.
             perturbation.restore()
-        assert ascent_loss is not None
-        run.readings.add_sharpness(descent_loss - ascent_loss)
+        run.add_to_sharpness(descent_loss)
+        if self.accelerator.sync_gradients:
+            run.readings.add_sharpness(run.take_sharpness())
 
     # ---- The parts of the second pass --------------------------------------------------------
 
@@ -202,27 +204,19 @@ class SAMTrainerMixin(_Base):
         buffers = run.buffers.preserved() if config.sam_freeze_norm_stats else nullcontext()
         with buffers, self._sam_unseen(run):
             for call in calls:
-                flos += self.floating_point_ops(_inputs_of(call))
+                flos += self.floating_point_ops(call.inputs)
                 if config.sam_replay_rng:
                     call.random_state.restore()
-                replayed = functools.partial(self._sam_replayed_loss, self.compute_loss, call)
+                replayed = functools.partial(call.repeat, self.compute_loss)
                 # The inputs were prepared before they were recorded.
-                with _shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
+                with shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
                     self.current_gradient_accumulation_steps = call.context["accumulation_steps"]
                     losses.append(
                         Trainer.training_step(self, model, {}, call.context["num_items_in_batch"])
                     )
         self.current_flos += flos  # the loop counts the ascent alone
+        run.check_loss_scale(type(self).__name__, calls[0], losses[0])
         return torch.stack(losses).sum()
-
-    @staticmethod
-    def _sam_replayed_loss(
-        compute_loss: Callable[..., Any], call: RecordedCall, *_: Any, **__: Any
-    ) -> Tensor:
-        """Stands in for compute_loss: whatever it is given, the recorded call is made."""
-        result = compute_loss(*call.args, **call.kwargs)
-        loss: Tensor = result[0] if isinstance(result, tuple) else result
-        return loss
 
     @contextmanager
     def _sam_unseen(self, run: Run) -> Iterator[None]:
@@ -326,22 +320,3 @@ class _Guard(TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._sam_run = None
-
-
-def _inputs_of(call: RecordedCall) -> Any:
-    """The `inputs` of a recorded `compute_loss(model, inputs, ...)`."""
-    return call.kwargs["inputs"] if "inputs" in call.kwargs else call.args[1]
-
-
-@contextmanager
-def _shadowed(trainer: Any, **functions: Callable[..., Any]) -> Iterator[None]:
-    """Put functions in the place of methods, on this object alone, for the length of a block."""
-    attributes = vars(trainer)
-    before = {name: attributes[name] for name in functions if name in attributes}
-    attributes.update(functions)
-    try:
-        yield
-    finally:
-        for name in functions:
-            attributes.pop(name, None)
-        attributes.update(before)

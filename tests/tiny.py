@@ -94,7 +94,7 @@ def sentences(n: int, length: int = 6, seed: int = 0) -> Rows:
 
 
 def arguments(args_class: type = TrainingArguments, **kwargs: Any) -> Any:
-    """Plain SGD steps, no schedule, no clipping, no shuffling, nothing written; change what you need."""
+    """Plain SGD, no schedule, no clipping, no shuffling, nothing saved; change what you need."""
     defaults = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": 4,
