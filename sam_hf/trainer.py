@@ -90,7 +90,6 @@ class SAMTrainerMixin(_Base):
             refuse_what_cannot_work(self, self.sam_config.sam_params)
 
     def _sam_new_run(self) -> Run:
-        self._sam_check()
         assert self.model is not None  # Trainer has seen to it
         return Run(self.sam_config, self.model, self.optimizer)
 
@@ -103,6 +102,8 @@ class SAMTrainerMixin(_Base):
 
         Returns the loss at w, detached. Nobody outside ever sees w + e.
         """
+        if self.sam_config.sam_rho == 0:
+            return super().training_step(model, inputs, num_items_in_batch)
         if self._sam_run is None:
             self._sam_run = self._sam_new_run()
         run = self._sam_run
@@ -307,11 +308,13 @@ class _Guard(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         # Another model (model_init), other options (a search), a smaller batch (an out-of-memory
         # retry) or no gradients from before: nothing of an earlier run holds.
-        self._trainer._sam_run = self._trainer._sam_new_run()
+        trainer = self._trainer
+        trainer._sam_check()
+        trainer._sam_run = trainer._sam_new_run() if trainer.sam_config.sam_rho > 0 else None
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         run = self._trainer._sam_run
-        if run is not None and not run.was_reached and self._trainer.sam_config.sam_rho > 0:
+        if run is not None and not run.was_reached:
             raise RuntimeError(
                 f"{type(self._trainer).__name__} overrides training_step without calling "
                 "super().training_step, so that its updates are not sharpness-aware. Call it, or "
