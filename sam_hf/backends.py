@@ -155,15 +155,14 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
     """
     args, accelerator = trainer.args, trainer.accelerator
     optimizer = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
-    if args.optim in _STEPS_INSIDE_BACKWARD or (
-        issubclass(optimizer, LayerWiseDummyOptimizer)
-        or optimizer.__name__.lower() in ("lomo", "adalomo")
-    ):
-        name = getattr(args.optim, "value", args.optim)
+    by_name = args.optim in _STEPS_INSIDE_BACKWARD
+    by_type = issubclass(optimizer, LayerWiseDummyOptimizer)
+    if by_name or by_type or optimizer.__name__.lower() in ("lomo", "adalomo"):
+        what = f"optim={args.optim.value!r}" if by_name else f"The optimizer {optimizer.__name__}"
         raise ValueError(
-            f"optim={name!r} (optimizer {optimizer.__name__}) updates the weights inside backward, "
-            "before SAM has the gradient at w + e. Choose an optim that steps after backward, such "
-            "as 'adamw_torch' or 'adafactor', or set sam_rho=0."
+            f"{what} updates the weights inside backward, before SAM has the gradient at w + e. "
+            "Choose an optim that steps after backward, such as 'adamw_torch' or 'adafactor', or "
+            "set sam_rho=0."
         )
     if is_sagemaker_mp_enabled():
         raise ValueError(
@@ -192,5 +191,5 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
     if sparse := sorted(sparse_parameters(trainer.model) & perturbed.keys()):
         raise ValueError(
             f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Build the "
-            "embedding with sparse=False, or leave it out with sam_params."
+            "embedding with sparse=False, or set sam_rho=0."
         )

@@ -73,9 +73,11 @@ def select_parameters(model: nn.Module, sam_params: str) -> dict[str, nn.Paramet
 
 
 def sparse_parameters(model: nn.Module) -> set[str]:
-    """The names of embedding tables whose gradients are sparse tensors."""
+    """The names of trainable embedding tables whose gradients are sparse tensors."""
     return {
         f"{name}.weight" if name else "weight"
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.sparse
+        and module.weight.requires_grad
     }

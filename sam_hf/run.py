@@ -68,10 +68,12 @@ class Run:
         """
         if self._is_loss_scale_checked or self._loss_scale is None or call.loss is None:
             return
-        self._is_loss_scale_checked = True
         ours, theirs = float(returned / call.loss), float(self._loss_scale)
-        # Not where the loss was 0 or no number. The tolerance is that of a loss in bfloat16.
-        if math.isfinite(ours) and math.isfinite(theirs) and abs(ours - theirs) > 0.02 * abs(ours):
+        if not (math.isfinite(ours) and math.isfinite(theirs)):  # the loss was 0 or no number
+            self._loss_scale = None
+            return
+        self._is_loss_scale_checked = True
+        if abs(ours - theirs) > 0.02 * abs(ours):  # a loss in bfloat16 is no more exact
             raise RuntimeError(
                 f"{trainer}.training_step returned {theirs:.4g} times what compute_loss returned; "
                 f"Trainer's own returns {ours:.4g} times it. SAM replays compute_loss through "
@@ -89,7 +91,14 @@ class Run:
                 "not depend on those that sam_params selects, or the optimizer consumes the "
                 "gradients inside backward: choose an optim that steps after it, or set sam_rho=0."
             )
-        return names, [self.perturbed[name] for name in names]
+        weights: list[Tensor] = [self.perturbed[name] for name in names]
+        sparse = [n for n, w in zip(names, weights, strict=True) if _has_sparse_gradient(w)]
+        if sparse:
+            raise RuntimeError(
+                f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Make it "
+                "with sparse=False, or set sam_rho=0."
+            )
+        return names, weights
 
     def discard_update(self) -> None:
         """Forget what the update has computed so far."""
@@ -121,3 +130,7 @@ class Run:
         finally:
             for p, g in kept:
                 p.grad = g
+
+
+def _has_sparse_gradient(weight: Tensor) -> bool:
+    return weight.grad is not None and weight.grad.is_sparse

@@ -188,7 +188,8 @@ class SAMTrainerMixin(_Base):
             direction, squared_norm = run.method.direction(names, weights, grads, backend.dot)
             scale = step_size(self.sam_config.sam_rho, squared_norm)
             perturbation.apply(direction, scale)
-        if backend.half and not self._sam_warned_of_rounding:
+        # Waits for the device until it has warned. An e of 0 (fp16 may overflow) tells nothing.
+        if backend.half and not self._sam_warned_of_rounding and scale.item() != 0:
             self._sam_warned_of_rounding = True
             warnings.warn(
                 f"Some perturbed weights are stored in half precision, where "

@@ -1,0 +1,249 @@
+"""What cannot be trained with SAM raises, with the reason and the way out, before it does harm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+from sam_hf import SAMTrainer, backends, with_sam
+
+LEFT_OFF = pytest.mark.parametrize("rho", [0.0, 0.1], ids=["off", "on"])
+
+
+class Lomo(torch.optim.SGD):
+    """Named as the optimizer that steps inside backward."""
+
+
+class Sharded(SAMTrainer):
+    """Says of its accelerator what the test wants."""
+
+    says: Callable[[Any], None]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        type(self).says(self)
+
+
+def with_accelerator(says: Callable[[Any], None]) -> type:
+    return type("Sharded", (Sharded,), {"says": staticmethod(says)})
+
+
+def parallel(**sizes: bool) -> Callable[[Any], None]:
+    """With `Accelerator.parallelism_config` set: a real one wants several processes."""
+    config = {"cp_enabled": False, "sp_enabled": False, "tp_enabled": False, "sp_backend": "none"}
+
+    def say(trainer: Any) -> None:
+        trainer.accelerator = Proxy(
+            trainer.accelerator, parallelism_config=SimpleNamespace(**{**config, **sizes})
+        )
+
+    return say
+
+
+class Proxy:
+    """An accelerator with some attributes replaced."""
+
+    def __init__(self, inner: Accelerator, **replaced: Any) -> None:
+        self.__dict__.update(replaced, inner=inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def several_processes(trainer: Any) -> None:
+    trainer.accelerator = Proxy(trainer.accelerator, num_processes=2)
+
+
+def several_devices(trainer: Any) -> None:
+    trainer.args._n_gpu = 2
+
+
+def deepspeed(trainer: Any) -> None:
+    trainer.is_deepspeed_enabled = True
+
+
+def split_model() -> nn.Module:
+    model = Classifier()
+    model.hf_device_map = {"first": 0, "second": 1}
+    return model
+
+
+LAYOUTS = {
+    "deepspeed": (deepspeed, "DeepSpeed steps inside backward.*Train without `deepspeed`"),
+    "context parallelism": (parallel(cp_enabled=True), "cut the inputs.*Set cp_size=1"),
+    "sequence parallelism": (parallel(sp_enabled=True), "cut the inputs.*sp_size=1"),
+    "processes": (several_processes, "one process.*has 2 processes.*Start one process"),
+    "devices": (several_devices, "one device.*2 devices.*sees one device"),
+}
+
+
+def build(rho: float, **kwargs: Any) -> Any:
+    """Build a trainer; with SAM on, it must raise the error whose pattern is in `match`."""
+    match = kwargs.pop("match")
+    model, data = kwargs.pop("model", None) or Classifier(), examples(8)
+    if rho == 0:
+        return sam_trainer(model, data, sam={"sam_rho": 0.0}, **kwargs)
+    with pytest.raises(ValueError, match=f"(?s){match}") as error:
+        sam_trainer(model, data, sam={"sam_rho": rho}, **kwargs)
+    assert "sam_rho=0" in str(error.value) or "sam_params" in str(error.value)
+    return None
+
+
+# --- At construction ------------------------------------------------------------------------------
+
+
+@LEFT_OFF
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_cannot_work_raises_at_construction_and_is_let_pass_without_sam(layout, rho):
+    says, match = LAYOUTS[layout]
+    build(rho, trainer_class=with_accelerator(says), match=match)
+
+
+@LEFT_OFF
+def test_a_model_split_over_devices_raises_at_construction(rho):
+    build(rho, model=split_model(), match="model split by device_map.*sees one device")
+
+
+@LEFT_OFF
+def test_sagemaker_model_parallelism_raises_at_construction(rho, monkeypatch):
+    monkeypatch.setattr(backends, "is_sagemaker_mp_enabled", lambda: True)
+    build(rho, match="SageMaker.*without compute_loss.*Train without it")
+
+
+@LEFT_OFF
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lomo",
+        "adalomo",
+        "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise",
+        "galore_adafactor_layerwise",
+        "apollo_adamw_layerwise",
+    ],
+)
+def test_an_optim_that_steps_inside_backward_raises_at_construction(name, rho):
+    build(rho, optim=name, match=f"optim='{name}'.*inside backward.*Choose an optim.*adamw_torch")
+
+
+@LEFT_OFF
+@pytest.mark.parametrize("kind", [Lomo, LayerWiseDummyOptimizer])
+def test_an_optimizer_object_that_steps_inside_backward_raises_at_construction(kind, rho):
+    model = Classifier()
+    optimizer = kind(model.parameters(), lr=0.1) if kind is Lomo else kind({})
+    kwargs = {"optimizers": (optimizer, None)}
+    build(rho, model=model, trainer_kwargs=kwargs, match=f"{kind.__name__}.*inside backward")
+
+
+def test_the_error_for_an_optim_without_an_optimizer_yet_does_not_name_nonetype():
+    with pytest.raises(ValueError) as error:
+        sam_trainer(Classifier(), examples(4), optim="lomo")
+    assert "NoneType" not in str(error.value)
+
+
+class SparseTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3, sparse=True)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"loss": cross_entropy(self.head(self.table(ids)), ids)}
+
+
+@LEFT_OFF
+def test_a_sparse_embedding_that_would_be_perturbed_raises_at_construction(rho):
+    build(rho, model=SparseTokens(), match="table.weight.*sparse=False.*sam_rho=0")
+
+
+@pytest.mark.parametrize("how", ["left out", "frozen"])
+def test_a_sparse_embedding_that_is_not_perturbed_is_no_reason_to_raise(how):
+    model = SparseTokens()
+    model.table.weight.requires_grad_(how != "frozen")
+    sam_trainer(model, examples(4), sam={} if how == "frozen" else {"sam_params": "head"})
+
+
+# --- When training begins -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["optimizer_cls_and_kwargs", "create_optimizer"])
+def test_an_optimizer_that_is_made_later_and_steps_inside_backward_raises_before_it_steps(how):
+    class Late(SAMTrainer):
+        def create_optimizer(self, model=None):
+            if how == "create_optimizer":
+                self.optimizer = Lomo(self.model.parameters(), lr=0.1)
+            return super().create_optimizer(model)
+
+    kwargs = {} if how == "create_optimizer" else {how: (Lomo, {"lr": 0.1})}
+    model = Classifier()
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"Lomo.*inside backward"):
+        sam_trainer(model, examples(8), Late, trainer_kwargs=kwargs).train()
+    assert_same_bits(model, before)
+
+
+def test_a_hook_that_consumes_the_gradients_inside_backward_raises_in_the_first_update():
+    model = Classifier()
+    before = weights(model)
+
+    def consume(p: Tensor) -> None:
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(consume)
+    with pytest.raises(RuntimeError, match=r"No perturbed parameter has a gradient.*sam_rho=0"):
+        sam_trainer(model, examples(8)).train()
+    assert_same_bits(model, before)
+
+
+class NoComputeLoss(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = model(**inputs)["loss"]
+        loss.backward()
+        return loss.detach()
+
+
+class NoSuper(SAMTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return NoComputeLoss.training_step(self, model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("trainer_class", "match"),
+    [
+        (with_sam(NoComputeLoss), "never called compute_loss.*Compute the loss in compute_loss"),
+        (NoSuper, "NoSuper overrides training_step without calling super.*Call it"),
+    ],
+)
+def test_a_training_step_that_passes_sam_by_raises_before_the_first_optimizer_step(
+    trainer_class, match, accumulation
+):
+    def run(rho: float, model: nn.Module) -> None:
+        sam_trainer(
+            model,
+            examples(16),
+            trainer_class,
+            sam={"sam_rho": rho},
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        ).train()
+
+    model = Classifier()
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=match) as error:
+        run(0.1, model)
+    assert "sam_rho=0" in str(error.value)
+    assert_same_bits(model, before)
+    run(0.0, model)
+    assert not torch.equal(model.first.weight, before["first.weight"])
