@@ -112,3 +112,13 @@ def test_the_swallowed_share_counts_the_half_precision_weights_that_did_not_move
     direction[0][:25] = 1.0
     perturbation.apply(direction, torch.tensor(1.0))
     assert perturbation.swallowed_share() == 0.75
+
+
+def test_a_second_restore_does_nothing_and_the_copy_is_gone():
+    weights = [p.detach() for p in parameters((3,))]
+    perturbation = Perturbation(weights)
+    perturbation.apply([torch.ones(3)], torch.tensor(0.1))
+    perturbation.restore()
+    weights[0].fill_(5.0)
+    perturbation.restore()
+    assert torch.equal(weights[0], torch.full((3,), 5.0)) and perturbation.saved is None

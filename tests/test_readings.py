@@ -111,15 +111,25 @@ def test_every_training_log_holds_every_reading(args, sam, expected):
             assert f"sam_{name}" in entry
 
 
-def test_readings_are_measured_only_where_a_log_shows_them(monkeypatch):
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({"logging_steps": 4}, [3, 7]),
+        ({"logging_steps": 4, "gradient_accumulation_steps": 2}, [3, 7]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_readings_are_measured_only_where_a_log_shows_them(scope, args, expected, monkeypatch):
     measured = []
     real = sam_hf.trainer.measure
     monkeypatch.setattr(
         sam_hf.trainer, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
     )
-    trainer = sam_trainer(Classifier(), examples(8), logging_steps=4, max_steps=8)
+    sam = {"sam_scope": scope}
+    trainer = sam_trainer(Classifier(), examples(16), sam=sam, max_steps=8, **args)
     trainer.train()
-    assert measured == [3, 7]
+    assert measured == expected
 
 
 class CountsReads(TorchDispatchMode):

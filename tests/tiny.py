@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from sam_hf import SAMConfig, SAMTrainer
 
+_FOLDER = tempfile.TemporaryDirectory()  # removed at the end
+
 FEATURES, CLASSES, VOCABULARY = 5, 3, 11
 
 
@@ -96,7 +98,7 @@ def sentences(n: int, length: int = 6, seed: int = 0) -> Rows:
 def arguments(args_class: type = TrainingArguments, **kwargs: Any) -> Any:
     """Plain SGD, no schedule, no clipping, no shuffling, nothing saved; change what you need."""
     defaults = {
-        "output_dir": tempfile.mkdtemp(),
+        "output_dir": tempfile.mkdtemp(dir=_FOLDER.name),
         "per_device_train_batch_size": 4,
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
