@@ -30,6 +30,25 @@ _LONG_CONTAINER = 256
 _CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
 
 
+@contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` at the end of the block, however it ends.
+
+    An interrupt (Ctrl-C) may come in the middle of `undo`, or between `finally` and its first line:
+    then it is called again. It must bear that.
+    """
+    is_undone = False
+    try:
+        try:
+            yield
+        finally:
+            undo()
+            is_undone = True
+    finally:
+        if not is_undone:
+            undo()
+
+
 class RandomState:
     """The state of every generator that a forward pass may draw from.
 
@@ -184,13 +203,15 @@ class BufferGuard:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        try:
-            yield
-        finally:
+
+        def undo() -> None:
             with torch.no_grad():
                 for module, name, buffer, value in kept:
                     buffer.copy_(value)
                     module._buffers[name] = buffer
+
+        with undoing(undo):
+            yield
 
 
 def _versions(module: nn.Module) -> list[tuple[int, int]]:
@@ -256,10 +277,12 @@ def shadowed(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
     """Put functions in the place of methods, on this object alone, for the length of a block."""
     attributes = vars(owner)
     before = {name: attributes[name] for name in functions if name in attributes}
-    attributes.update(functions)
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         for name in functions:
             attributes.pop(name, None)
         attributes.update(before)
+
+    with undoing(undo):
+        attributes.update(functions)
+        yield

@@ -13,7 +13,7 @@ from .backends import Backend
 from .config import SAMConfig
 from .params import parameter_groups, select_parameters
 from .readings import Readings
-from .replay import BufferGuard, RecordedCall, Tape
+from .replay import BufferGuard, RecordedCall, Tape, undoing
 
 
 class Run:
@@ -100,6 +100,14 @@ class Run:
             )
         return names, weights
 
+    def forget_calls_without_gradient(self) -> None:
+        """Drop recorded calls if somebody has cleared the gradients that they left.
+
+        That is so after a failure that the trainer's caller has swallowed.
+        """
+        if len(self.tape) and all(p.grad is None for p in self.perturbed.values()):
+            self.discard_update()
+
     def discard_update(self) -> None:
         """Forget what the update has computed so far."""
         self.tape.take()
@@ -117,19 +125,22 @@ class Run:
         If the block fails, its gradients are dropped.
         """
         kept = [(p, p.grad) for p in self._parameters if p.grad is not None]
-        for p, _ in kept:
-            p.grad = None
-        try:
+        is_complete = False
+
+        def undo() -> None:
+            if not is_complete:
+                self.discard_update()
+            for p, g in kept:
+                p.grad = g
+
+        with undoing(undo):
+            for p, _ in kept:
+                p.grad = None
             yield
             both = [(g, p.grad) for p, g in kept if p.grad is not None]
             if both:
                 torch._foreach_add_([g for g, _ in both], [new for _, new in both])
-        except BaseException:
-            self.discard_update()
-            raise
-        finally:
-            for p, g in kept:
-                p.grad = g
+            is_complete = True
 
 
 def _has_sparse_gradient(weight: Tensor) -> bool:

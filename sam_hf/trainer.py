@@ -22,7 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .backends import Perturbation, refuse_what_cannot_work, step_size
 from .config import SAMConfig
 from .readings import measure
-from .replay import RandomState, RecordedCall, SideEffects, shadowed
+from .replay import RandomState, RecordedCall, SideEffects, shadowed, undoing
 from .run import Run
 
 # Attributes of a trainer that hold examples: large, and not changed by a training step.
@@ -112,6 +112,7 @@ class SAMTrainerMixin(_Base):
             return super().training_step(model, inputs, num_items_in_batch)
 
         each_alone = self.sam_config.sam_scope == "micro_batch"
+        run.forget_calls_without_gradient()
         if each_alone or not len(run.tape):
             run.buffers.watch()
         # With an e of its own, a micro-batch must not see the gradient of those before it.
@@ -142,8 +143,8 @@ class SAMTrainerMixin(_Base):
                     "nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
                     "set sam_rho=0."
                 )
-        run.note_loss_scale(calls, loss)
-        run.add_to_sharpness(-loss)
+            run.note_loss_scale(calls, loss)
+            run.add_to_sharpness(-loss)
         return loss
 
     def _sam_descent(self, run: Run, model: nn.Module) -> None:
@@ -153,21 +154,20 @@ class SAMTrainerMixin(_Base):
         is_measured = self._sam_is_measured()
         perturbation = Perturbation(weights)
         is_complete = False
-        try:
-            try:
-                self._sam_perturb(run, names, perturbation, is_measured)
-                run.clear_gradients()
-                descent_loss = self._sam_replay(run, model, calls)
-                if is_measured:
-                    self._sam_measure(run, names, perturbation)
-                is_complete = True
-            finally:
-                perturbation.restore()
-                if not is_complete:
-                    run.discard_update()  # a part of g_s is no gradient to step with
-        finally:
-            # An interrupt may come between the `finally` above and its first line.
+
+        def undo() -> None:
+            torch.set_grad_enabled(True)  # an interrupt may have left a `no_grad` half undone
             perturbation.restore()
+            if not is_complete:
+                run.discard_update()  # a part of g_s is no gradient to step with
+
+        with undoing(undo):
+            self._sam_perturb(run, names, perturbation, is_measured)
+            run.clear_gradients()
+            descent_loss = self._sam_replay(run, model, calls)
+            if is_measured:
+                self._sam_measure(run, names, perturbation)
+            is_complete = True
         run.add_to_sharpness(descent_loss)
         if self.accelerator.sync_gradients:
             run.readings.add_sharpness(run.take_sharpness())
@@ -203,8 +203,10 @@ class SAMTrainerMixin(_Base):
         """Run the recorded calls through the base training step; the sum of their losses."""
         config = self.sam_config
         losses, flos = [], 0
-        buffers = run.buffers.preserved() if config.sam_freeze_norm_stats else nullcontext()
-        with buffers, self._sam_unseen(run):
+        with (
+            run.buffers.preserved() if config.sam_freeze_norm_stats else nullcontext(),
+            self._sam_unseen(run),
+        ):
             for call in calls:
                 flos += self.floating_point_ops(call.inputs)
                 if config.sam_replay_rng:
@@ -225,17 +227,18 @@ class SAMTrainerMixin(_Base):
         """What happens inside leaves no trace in the trainer, its logs and the random state."""
         random_state = RandomState(run.backend.rng_devices)
         side_effects = SideEffects(self, self.state, self.control, skip=_DATA_ATTRIBUTES)
-        self._sam_is_replaying = True
         is_complete = False
-        try:
-            yield
-            is_complete = True
-        finally:
+
+        def undo() -> None:
             side_effects.restore()
-            self._sam_is_replaying = False
             # Masks of its own advance the generators; those of a failed pass count for nothing.
             if self.sam_config.sam_replay_rng or not is_complete:
                 random_state.restore()
+
+        with undoing(undo):
+            self._sam_is_replaying = True
+            yield
+            is_complete = True
 
     # ---- Readings ----------------------------------------------------------------------------
 

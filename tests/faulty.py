@@ -1,0 +1,190 @@
+"""A model whose passes fail where they are told to, and trainers that are looked at afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import FEATURES, examples, sam_trainer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, set_seed
+
+from sam_hf import SAMTrainer
+from sam_hf.methods import METHODS
+
+K = 3  # micro-batches of an update
+# A perturbation that rounding swallows. With it, SAM has to be the plain Trainer, bit for bit.
+TINY_RHO = 1e-30
+
+all_methods = pytest.mark.parametrize("method", METHODS)
+all_scopes = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+both_passes = pytest.mark.parametrize("failing_pass", ["ascent", "descent"])
+forward_and_backward = pytest.mark.parametrize("where", ["forward", "backward"])
+every_micro_batch = pytest.mark.parametrize("index", range(K))
+
+Fault = Callable[[Tensor], Tensor]
+
+
+class Faulty(nn.Module):
+    """Draws from every generator, keeps running statistics, and fails where it is told to.
+
+    Args:
+        faults: for the number of a forward pass, what happens to the hidden layer in it, once.
+        noise: 0 for a model without noise and without running statistics.
+    """
+
+    def __init__(self, faults: dict[int, Fault] | None = None, noise: float = 0.1) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 7, dtype=torch.float64)
+        self.norm = nn.BatchNorm1d(7, dtype=torch.float64) if noise else nn.Identity()
+        self.dropout = nn.Dropout(noise)
+        self.second = nn.Linear(7, 3, dtype=torch.float64)
+        self.faults, self.noise, self.forwards = faults or {}, noise, 0
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        fault = self.faults.pop(self.forwards, None)
+        self.forwards += 1
+        hidden = self.dropout(torch.tanh(self.norm(self.first(x))))
+        hidden = hidden + self.noise * (random.random() + np.random.random())
+        logits = self.second(hidden if fault is None else fault(hidden))
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+def failure(where: str, kind: type[BaseException] = RuntimeError) -> Fault:
+    """Raise in the forward pass, or in the backward pass when half of the gradients are there."""
+
+    def in_forward(_: Tensor) -> Tensor:
+        raise kind("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def in_backward(hidden: Tensor) -> Tensor:
+        hidden.register_hook(in_forward)
+        return hidden
+
+    return in_forward if where == "forward" else in_backward
+
+
+def forward_number(failing_pass: str, scope: str, index: int, update: int = 0) -> int:
+    """Which forward pass of a SAM run is that of micro-batch `index` in that pass of the update."""
+    is_descent = failing_pass == "descent"
+    in_update = is_descent * K + index if scope == "batch" else 2 * index + is_descent
+    return 2 * K * update + in_update
+
+
+@dataclass
+class Snapshot:
+    """What a training step leaves."""
+
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+    generators: list[Any]
+    statistics: dict[str, Tensor]
+    counters: dict[str, Any]
+    replaced_methods: list[str]
+
+
+class _Watched:
+    """A trainer with a state of its own, that is looked at after every training step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.snapshots: list[Snapshot] = []
+        self.metrics: dict[str, list[float]] = {"loss": []}
+        self.calls = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        loss = super().compute_loss(*args, **kwargs)
+        self.metrics["loss"].append(loss.item())
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            self.snapshots.append(self._look())
+
+    def _look(self) -> Snapshot:
+        parameters = dict(self.model.named_parameters())
+        numpy_state = np.random.get_state(legacy=False)["state"]
+        return Snapshot(
+            weights={name: p.detach().clone() for name, p in parameters.items()},
+            gradients={
+                name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()
+            },
+            generators=[
+                torch.get_rng_state().tolist(),
+                random.getstate(),
+                (numpy_state["key"].tolist(), numpy_state["pos"]),
+            ],
+            statistics={name: buffer.clone() for name, buffer in self.model.named_buffers()},
+            counters={
+                "calls": self.calls,
+                "metrics": copy.deepcopy(self.metrics),
+                "accumulation_steps": self.current_gradient_accumulation_steps,
+                "flos": self.current_flos,
+                "control": copy.copy(vars(self.control)),
+                "logs": len(self.state.log_history),
+                "updates": self.state.global_step,
+            },
+            replaced_methods=[n for n in vars(self) if callable(getattr(type(self), n, None))],
+        )
+
+
+class WatchedTrainer(_Watched, Trainer): ...
+
+
+class WatchedSAMTrainer(_Watched, SAMTrainer): ...
+
+
+def watched(
+    sam: dict[str, Any] | None,
+    faults: dict[int, Fault] | None = None,
+    model: nn.Module | None = None,
+    **args: Any,
+) -> Any:
+    """A watched SAM trainer, or a plain one where `sam` is None. All of them start alike."""
+    set_seed(0)
+    return sam_trainer(
+        model or Faulty(faults),
+        examples(4 * K * 2),
+        WatchedTrainer if sam is None else WatchedSAMTrainer,
+        sam=None if sam is None else {"sam_rho": 0.3} | sam,
+        **{"gradient_accumulation_steps": K, "max_steps": 2, "optim": "adamw_torch"} | args,
+    )
+
+
+def failed(trainer: Any, kind: type[BaseException] = RuntimeError) -> Snapshot:
+    """What a training leaves that is cut short by its fault."""
+    with pytest.raises(kind, match="out of memory"):
+        trainer.train()
+    assert not trainer.model.faults
+    return trainer.snapshots[-1]
+
+
+@functools.cache
+def undisturbed(method: str | None, scope: str = "") -> list[Snapshot]:
+    trainer = watched(method and {"sam_method": method, "sam_scope": scope})
+    trainer.train()
+    return trainer.snapshots
+
+
+def assert_same(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        other = actual[name]
+        assert (other is None) == (value is None), name
+        assert value is None or torch.equal(other, value), f"{name} differs"
+
+
+def gradients_before(index: int, method: str, scope: str) -> dict[str, Tensor | None]:
+    """What the micro-batches before this one have accumulated in an undisturbed run."""
+    snapshots = undisturbed(method, scope)
+    return snapshots[index - 1].gradients if index else dict.fromkeys(snapshots[0].gradients)
