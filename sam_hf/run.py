@@ -42,7 +42,8 @@ class Run:
         # A loss may own parameters that are not the model's: their gradients are replayed too.
         groups = optimizer.param_groups if optimizer is not None else []
         in_optimizer = (p for group in groups for p in group["params"])
-        self._parameters = list(dict.fromkeys([*model.parameters(), *in_optimizer]))
+        self._in_model = list(model.parameters())
+        self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
 
     def add_to_sharpness(self, loss: Tensor) -> None:
         """Add a share of L(w + e), or of -L(w), to the sharpness of the update."""
@@ -105,7 +106,7 @@ class Run:
 
         That is so after a failure that the trainer's caller has swallowed.
         """
-        if len(self.tape) and all(p.grad is None for p in self.perturbed.values()):
+        if len(self.tape) and all(p.grad is None for p in self._in_model):
             self.discard_update()
 
     def discard_update(self) -> None:
