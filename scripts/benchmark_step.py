@@ -1,0 +1,252 @@
+"""How long a SAM update takes, and how much memory, beside what it can be compared with.
+
+    python scripts/benchmark_step.py                                # 40M parameters, on the CPU
+    python scripts/benchmark_step.py --device cuda --dtype bf16 --batch_size 32
+    python scripts/benchmark_step.py --model bert-base-uncased --output_json bert.json
+
+Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
+optimizer step, clearing the gradients; not the loading of data and the writing of logs. All share
+one model and one optimizer. They take turns in an order that is drawn anew in every round, so that
+whatever else the machine does falls on all of them.
+
+    plain                one pass
+    two passes           two passes and nothing between them: the floor for SAM
+    hand-written         two passes, and for each parameter norm, clone, add, copy back
+    hand-written, swap   the same, with the copy put in the parameter's place (`p.data = w`)
+    sam, sam logged, ... SAMTrainer. "logged": an update whose readings (the cosine of g and g_s and
+                         others) will be logged. With logging_steps=10 it is one update in ten.
+
+    ms                   the median over the rounds; the column beside it is the distance between
+                         the quartiles. If it is large beside the differences, other work disturbed
+                         the run: take more --rounds
+    / two passes         ratio of the medians: what SAM costs beyond its two passes
+    / hand-written       ratio of the medians: 1 and below is no slower than by hand
+    extra MiB            peak memory over that of the plain row, counted in bytes of tensors
+    x perturbed          the same in units of the bytes of the parameters that the row perturbs
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from benchmark_utils import (
+    BUILT_IN,
+    Clock,
+    HandWrittenSwapTrainer,
+    HandWrittenTrainer,
+    TwoPassTrainer,
+    build_model,
+    format_table,
+    import_seconds,
+    peak_memory,
+    random_examples,
+)
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from sam_hf import SAMConfig, SAMTrainer
+from sam_hf.params import select_parameters
+
+PLAIN, FLOOR, BY_HAND = "plain", "two passes", "hand-written"
+# The trainer, its SAM options, and whether each of its updates is logged.
+ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
+    PLAIN: (Trainer, {}, False),
+    FLOOR: (TwoPassTrainer, {}, False),
+    BY_HAND: (HandWrittenTrainer, {}, False),
+    "hand-written, swap": (HandWrittenSwapTrainer, {}, False),
+    "sam": (SAMTrainer, {}, False),
+    "sam, logged": (SAMTrainer, {}, True),
+    "sam, micro_batch": (SAMTrainer, {"sam_scope": "micro_batch"}, False),
+    "sam, norms": (SAMTrainer, {"sam_params": "norms", "sam_rho": 0.5}, False),
+    "asam": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, False),
+    "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
+}
+MIB = 2**20
+
+
+@dataclass
+class BenchmarkArguments:
+    model: str = field(
+        default="transformer-40m",
+        metadata={"help": f"{' or '.join(BUILT_IN)} (built in), or a model's name or folder."},
+    )
+    batch_size: int = field(default=8, metadata={"help": "Examples in an update."})
+    sequence_length: int = field(default=128, metadata={"help": "Tokens in an example."})
+    rounds: int = field(default=15, metadata={"help": "How many times every row takes its turn."})
+    rows: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Only these, of {list(ROWS)}. The first two are always there."},
+    )
+    dtype: Literal["fp32", "bf16"] = field(
+        default="fp32", metadata={"help": "What is computed in (bf16: autocast, fp32 weights)."}
+    )
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's."})
+    imports: int = field(
+        default=5, metadata={"help": "How many times the imports are measured; 0: not at all."}
+    )
+    output_json: str | None = field(
+        default=None, metadata={"help": "File for the table and every single time in it."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "rounds", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed. Allowed: 1 and more.")
+        if self.imports < 0:
+            raise ValueError(f"imports={self.imports} is not allowed. Allowed: 0 and more.")
+        if unknown := [row for row in self.rows or [] if row not in ROWS]:
+            raise ValueError(f"rows={unknown} is not allowed. Allowed: {', '.join(ROWS)}.")
+        if self.device == "cuda" and torch.cuda.device_count() != 1:
+            raise ValueError(
+                f"device='cuda' needs one visible GPU, and here are {torch.cuda.device_count()}. "
+                "Set CUDA_VISIBLE_DEVICES to one of them, or choose --device cpu."
+            )
+        if self.output_json and not Path(self.output_json).absolute().parent.is_dir():
+            raise ValueError(f"output_json={self.output_json!r}: there is no such folder.")
+
+
+def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure. Returns {"rows": {name: {...}}, "parameters": ..., "imports": ...}."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = build_model(options.model, options.sequence_length)
+    examples = random_examples(model, 2 * options.batch_size, options.sequence_length)
+    names = [name for name in ROWS if name in (PLAIN, FLOOR) or name in (options.rows or ROWS)]
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up = build_trainer(PLAIN, options, model, examples, folder, None)
+        warm_up.train()  # makes the optimizer and its state, which all rows share
+        optimizer = warm_up.optimizer
+        trainers = {}
+        for name in names:
+            trainer = build_trainer(name, options, model, examples, folder, optimizer)
+            rows[name] = {"peak_bytes": peak_memory(lambda t=trainer: two_updates(t), model)}
+            trainers[name] = trainer
+        seconds = take_turns(trainers, options.rounds)
+    for name, row in rows.items():
+        sam_params = ROWS[name][1].get("sam_params", "all")
+        perturbed = select_parameters(model, sam_params).values()
+        row["seconds"] = seconds[name]
+        row["perturbed_bytes"] = sum(p.numel() * p.element_size() for p in perturbed)
+        row["extra_bytes"] = row["peak_bytes"] - rows[PLAIN]["peak_bytes"]
+        row["median_ms"] = 1e3 * statistics.median(seconds[name])
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rows": rows,
+        "imports": import_seconds(options.imports) if options.imports else {},
+    }
+
+
+def build_trainer(
+    name: str,
+    options: BenchmarkArguments,
+    model: torch.nn.Module,
+    examples: list[dict[str, torch.Tensor]],
+    folder: str,
+    optimizer: Any,
+) -> Trainer:
+    trainer_class, sam_options, is_logged = ROWS[name]
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=1,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-5,
+        bf16=options.dtype == "bf16",
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=False,
+        logging_steps=1 if is_logged else 10**9,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    is_sam = issubclass(trainer_class, SAMTrainer)
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        optimizers=(optimizer, None),
+        **({"sam_config": SAMConfig(**sam_options)} if is_sam else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def two_updates(trainer: Trainer) -> None:
+    """Two, so that what a trainer keeps from one update to the next counts as memory."""
+    trainer.args.max_steps = 2
+    trainer.train()
+    trainer.args.max_steps = 1
+
+
+def take_turns(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]:
+    """The seconds of one update of each trainer in every round. The very first does not count."""
+    clocks = {name: Clock() for name in trainers}
+    for name, trainer in trainers.items():
+        trainer.add_callback(clocks[name])
+    shuffle = random.Random(0).shuffle  # of its own: `train` seeds the global one
+    order = list(trainers)
+    for _ in range(rounds + 1):
+        shuffle(order)
+        for name in order:
+            trainers[name].train()
+    return {name: clock.seconds[1:] for name, clock in clocks.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    options, rows = result["options"], result["rows"]
+    lines = []
+    for name, row in rows.items():
+        ms = [1e3 * s for s in row["seconds"]]
+        low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else (ms[0],) * 3
+        ratios = [
+            f"{row['median_ms'] / rows[base]['median_ms']:.3f}" if base in rows else "-"
+            for base in (FLOOR, BY_HAND)
+        ]
+        extra = row["extra_bytes"]
+        memory = [f"{extra / MIB:.1f}", f"{extra / row['perturbed_bytes']:.2f}"]
+        if name in (PLAIN, FLOOR):
+            memory[1] = "-"  # they perturb nothing
+        lines.append([name, f"{row['median_ms']:.1f}", f"{high - low:.1f}", *ratios, *memory])
+    header = ["update", "ms", "quartiles", "/ two passes", "/ hand-written", "extra MiB"]
+    title = (
+        f"{options['model']}: {result['parameters'] / 1e6:.1f} million parameters, "
+        f"{options['batch_size']} x {options['sequence_length']} tokens, {options['dtype']}, "
+        f"{options['device']}, {result['threads']} threads, {options['rounds']} rounds"
+    )
+    imports = [
+        f"{statement}: {1e3 * added:.0f} ms on top of {1e3 * before:.0f} ms for its prerequisite"
+        for statement, (added, before) in result["imports"].items()
+    ]
+    return "\n".join([title, "", format_table([*header, "x perturbed"], lines), "", *imports])
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    logging.set_verbosity_error()
+    try:
+        (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        result = benchmark(options)
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(table(result))
+    if options.output_json:
+        Path(options.output_json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What `benchmark_step.py` measures with: the model, the trainers, the clock, the memory meter."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    Trainer,
+    TrainerCallback,
+)
+
+# Decoders with a small vocabulary, so that the blocks and not the output layer fill the time.
+BUILT_IN = {
+    "transformer-40m": {"n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 4096},
+    "transformer-tiny": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64},
+}
+BUILT_IN_POSITIONS = 512
+
+# ------------------------------------------------------------------------------- model and examples
+
+
+def build_model(name: str, sequence_length: int) -> nn.Module:
+    """A language model of the architecture's kind (masked, causal, ...) with random weights.
+
+    The time of a step does not depend on the weights, so that nothing but the configuration of a
+    named model is read.
+
+    Raises:
+        ValueError: there is no such model, it does not read text, or the examples are too long.
+    """
+    if name in BUILT_IN:
+        config = GPT2Config(
+            n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **BUILT_IN[name]
+        )
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model={name!r} is neither built in ({', '.join(BUILT_IN)}) nor a model that "
+                f"transformers can load: {' '.join(str(error).split())[:200]}"
+            ) from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and sequence_length > positions:
+        raise ValueError(
+            f"sequence_length={sequence_length} is too long: {name} has {positions} positions."
+        )
+    for auto_class in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
+        if type(config) in auto_class._model_mapping:
+            return auto_class.from_config(config)
+    raise ValueError(f"model={name!r} ({config.model_type}) is no language model. Choose one.")
+
+
+def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[dict[str, Tensor]]:
+    """Random tokens that are to be predicted."""
+    vocabulary = model.config.get_text_config().vocab_size
+    examples = []
+    for _ in range(count):
+        # Low ids mean something to some models: padding would make an example shorter.
+        tokens = torch.randint(min(10, vocabulary - 1), vocabulary, (sequence_length,))
+        mask = torch.ones_like(tokens)
+        examples.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens})
+    return examples
+
+
+# ------------------------------------------------------------------------------ what SAM is held to
+
+
+class TwoPassTrainer(Trainer):
+    """Two plain passes an update and nothing between them: no SAM can be faster."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        model.zero_grad()
+        super().training_step(model, *args, **kwargs)
+        return loss
+
+
+class HandWrittenTrainer(Trainer):
+    """The loop that most people write: parameter by parameter clone, add, and copy back."""
+
+    rho = 0.05
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        with torch.no_grad():
+            params = [p for p in model.parameters() if p.grad is not None]
+            norm = torch.stack([p.grad.norm(p=2) for p in params]).norm(p=2)
+            scale = self.rho / (norm + 1e-12)
+            old = []
+            for p in params:
+                old.append(p.data.clone())
+                e_w = p.grad * scale
+                p.add_(e_w)
+        model.zero_grad()
+        super().training_step(model, *args, **kwargs)
+        self.restore(params, old)
+        return loss
+
+    def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
+        for p, w in zip(params, old, strict=True):
+            p.data.copy_(w)
+
+
+class HandWrittenSwapTrainer(HandWrittenTrainer):
+    """The same, but the parameter is pointed at its copy. Nothing is copied, and whoever holds the
+    parameter's old memory (flat buffers, shards, captured graphs) keeps w + e."""
+
+    def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
+        for p, w in zip(params, old, strict=True):
+            p.data = w
+
+
+# ---------------------------------------------------------------------------------- time and memory
+
+
+class Clock(TrainerCallback):
+    """The seconds of each update, from its first micro-batch to the cleared gradients."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = self._now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(self._now() - self._start)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def peak_memory(work: Callable[[], object], model: nn.Module) -> int:
+    """The most bytes of tensors that `work` holds at a time, over what was held before it.
+
+    On a CPU the allocator's own events are added up. They are exact, where the size of the process
+    also tells of pages that the C library keeps.
+    """
+    if next(model.parameters()).is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _memory_events():
+        # The meter only sees the end of what it saw begin, and `work` may replace the weights.
+        for p in model.parameters():
+            p.data = p.data.clone()
+    with _memory_events() as events:
+        work()
+    return max(itertools.accumulate(events, initial=0))
+
+
+@contextmanager
+def _memory_events() -> Iterator[list[int]]:
+    """The bytes of each allocation on the CPU, and minus those of each release, in their order."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says on stderr that it runs
+    sizes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield sizes
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes.extend(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+
+
+_IMPORTS = {  # what is imported, and what must be there before
+    "import sam_hf": "import transformers",
+    "from sam_hf import SAMTrainer": "from transformers import Trainer",
+}
+
+
+def import_seconds(repeats: int) -> dict[str, tuple[float, float]]:
+    """For each import: its seconds after its prerequisite, and those of the prerequisite."""
+    medians = {}
+    for statement, prerequisite in _IMPORTS.items():
+        program = (
+            "import time\n"
+            f"a = time.perf_counter(); {prerequisite}\n"
+            f"b = time.perf_counter(); {statement}\n"
+            "print(time.perf_counter() - b, b - a)"
+        )
+        runs = []
+        for _ in range(repeats):
+            out = subprocess.run(
+                [sys.executable, "-c", program], capture_output=True, text=True, check=True
+            ).stdout
+            runs.append([float(number) for number in out.split()[-2:]])
+        added, before = (statistics.median(column) for column in zip(*runs, strict=True))
+        medians[statement] = (added, before)
+    return medians
+
+
+# ------------------------------------------------------------------------------------------- output
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns as wide as they need to be: the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
