@@ -180,6 +180,11 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             "Context and sequence parallelism cut the inputs inside the training step, so that it "
             "cannot be replayed. Set cp_size=1 and sp_size=1 in `parallelism_config`, or sam_rho=0."
         )
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "FSDP shards the weights, which SAM does not support yet. Train without `fsdp`, or set "
+            "sam_rho=0."
+        )
     if accelerator.num_processes > 1 or args.n_gpu > 1 or trainer.is_model_parallel:
         raise ValueError(
             f"SAM runs in one process on one device for the time being; this run has "

@@ -20,6 +20,9 @@ class Readings:
     """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._sharpness: Tensor | None = None
         self._updates: Tensor | None = None
         self._latest: dict[str, Tensor] = {}
@@ -42,10 +45,12 @@ class Readings:
         values = dict(self._latest)
         if self._sharpness is not None and self._updates is not None:
             values["sam_sharpness"] = self._sharpness / self._updates
-        self.__init__()  # type: ignore[misc]
+        self._reset()
         if not values:
             return {}
-        numbers = torch.stack([v.detach().double() for v in values.values()])
+        is_double = any(v.dtype is torch.float64 for v in values.values())
+        wide = torch.float64 if is_double else torch.float32  # not every device has float64
+        numbers = torch.stack([v.detach().to(wide) for v in values.values()])
         return {
             name: number
             for name, number, usable in zip(

@@ -50,7 +50,7 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
 
 
 class RandomState:
-    """The state of every generator that a forward pass may draw from.
+    """The state of the global generators: torch's on the CPU and on `devices`, Python's, NumPy's.
 
     Args:
         devices: the accelerators that hold parameters. Their generators' states live on the host,
@@ -83,8 +83,17 @@ def clone_inputs(value: Any) -> Any:
     Inputs are small beside the activations that are computed from them, so the copy costs little,
     and it lets a callee pop `labels`, or mask its inputs in place, without the replay seeing it.
     Modules and other objects are shared.
+
+    Raises:
+        RuntimeError: a tensor was computed with gradients: a copy would cut it off from its origin.
     """
     if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            raise RuntimeError(
+                f"compute_loss was given a tensor of shape {tuple(value.shape)} that was computed "
+                "with gradients before the call. The second pass could not compute it again. "
+                "Compute it in compute_loss, or set sam_rho=0."
+            )
         return value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, Mapping):
         duplicate = copy.copy(value)
@@ -123,7 +132,8 @@ class RecordedCall:
     def make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function`, and keep the loss that it returns, alone or first in a tuple."""
         result = function(*args, **kwargs)
-        self.loss = _loss_in(result).detach()
+        # A copy: the caller may rescale the loss in place.
+        self.loss = _loss_in(result).detach().clone()
         return result
 
     def repeat(self, function: Callable[..., Any], *_: Any, **__: Any) -> Tensor:
@@ -187,16 +197,17 @@ class BufferGuard:
     def __init__(self, model: nn.Module) -> None:
         self._owners = [m for m in model.modules() if any(True for _ in m.buffers(recurse=False))]
         self._writers: dict[nn.Module, None] = {}
-        self._versions: list[tuple[nn.Module, list[tuple[int, int]]]] = []
+        self._seen: list[tuple[nn.Module, list[tuple[Tensor, int]]]] = []
 
     def watch(self) -> None:
         """Remember what the buffers are before the first pass."""
-        self._versions = [(m, _versions(m)) for m in self._owners if m not in self._writers]
+        self._seen = [(m, _versions(m)) for m in self._owners if m not in self._writers]
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Whatever happens to the writers' buffers inside the block is undone at its end."""
-        self._writers.update((m, None) for m, seen in self._versions if _versions(m) != seen)
+        self._writers.update((m, None) for m, seen in self._seen if _differ(seen, _versions(m)))
+        self._seen = []
         kept = [
             (module, name, buffer, buffer.clone())
             for module in self._writers
@@ -214,8 +225,14 @@ class BufferGuard:
             yield
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    return [(id(b), b._version) for b in module._buffers.values() if b is not None]
+def _versions(module: nn.Module) -> list[tuple[Tensor, int]]:
+    return [(b, b._version) for b in module._buffers.values() if b is not None]
+
+
+def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    return len(before) != len(after) or any(
+        x is not y or version != now for (x, version), (y, now) in zip(before, after, strict=True)
+    )
 
 
 class SideEffects:

@@ -36,8 +36,10 @@ class Run:
         self.buffers = BufferGuard(model)
         self.readings = Readings()
         self.was_reached = False
+        self._has_perturbed = False
         self._loss_scale: Tensor | None = None
         self._is_loss_scale_checked = False
+        self._ascent_loss: Tensor | None = None
         self._sharpness: Tensor | None = None
         # A loss may own parameters that are not the model's: their gradients are replayed too.
         groups = optimizer.param_groups if optimizer is not None else []
@@ -45,15 +47,24 @@ class Run:
         self._in_model = list(model.parameters())
         self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
 
-    def add_to_sharpness(self, loss: Tensor) -> None:
-        """Add a share of L(w + e), or of -L(w), to the sharpness of the update."""
-        self._sharpness = loss if self._sharpness is None else self._sharpness + loss
+    def add_ascent_loss(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of L(w)."""
+        if loss.dtype in (torch.float16, torch.bfloat16):
+            loss = loss.float()  # the difference to L(w + e) would be rounding
+        self._ascent_loss = loss if self._ascent_loss is None else self._ascent_loss + loss
 
-    def take_sharpness(self) -> Tensor:
-        """L(w + e) - L(w) over the micro-batches of the update."""
-        sharpness, self._sharpness = self._sharpness, None
-        assert sharpness is not None
-        return sharpness
+    def take_ascent_loss(self) -> Tensor:
+        """L(w) of the calls that are replayed together."""
+        loss, self._ascent_loss = self._ascent_loss, None
+        assert loss is not None
+        return loss
+
+    def add_sharpness(self, difference: Tensor, is_last: bool) -> None:
+        """Add a share of L(w + e) - L(w) to that of the update, and note it when complete."""
+        self._sharpness = difference if self._sharpness is None else self._sharpness + difference
+        if is_last:
+            self.readings.add_sharpness(self._sharpness)
+            self._sharpness = None
 
     def note_loss_scale(self, calls: list[RecordedCall], returned: Tensor) -> None:
         """Remember by what a training step multiplied the loss of its calls."""
@@ -84,12 +95,17 @@ class Run:
 
     # `.grad` can only be read and set one parameter at a time, here and below.
     def perturbed_with_gradient(self) -> tuple[list[str], list[Tensor]]:
-        """The names and weights of the perturbed parameters that have a gradient."""
+        """The names and weights of the perturbed parameters that have a gradient.
+
+        Raises:
+            RuntimeError: none ever had one, or a gradient is sparse.
+        """
         names = [name for name, p in self.perturbed.items() if p.grad is not None]
-        if not names:
+        self._has_perturbed |= bool(names)
+        if not self._has_perturbed:
             raise RuntimeError(
-                "No perturbed parameter has a gradient after the ascent pass. Either the loss does "
-                "not depend on those that sam_params selects, or the optimizer consumes the "
+                "No perturbed parameter has a gradient after the first ascent pass. Either the "
+                "loss does not depend on those that sam_params selects, or the optimizer consumes "
                 "gradients inside backward: choose an optim that steps after it, or set sam_rho=0."
             )
         weights: list[Tensor] = [self.perturbed[name] for name in names]
@@ -112,7 +128,9 @@ class Run:
     def discard_update(self) -> None:
         """Forget what the update has computed so far."""
         self.tape.take()
-        self._sharpness = None
+        self._ascent_loss = self._sharpness = None
+        if not self._is_loss_scale_checked:
+            self._loss_scale = None
         self.clear_gradients()
 
     def clear_gradients(self) -> None:

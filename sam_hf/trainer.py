@@ -144,19 +144,22 @@ class SAMTrainerMixin(_Base):
                     "set sam_rho=0."
                 )
             run.note_loss_scale(calls, loss)
-            run.add_to_sharpness(-loss)
+            run.add_ascent_loss(loss)
         return loss
 
     def _sam_descent(self, run: Run, model: nn.Module) -> None:
         """The pass at w + e: leaves g_s in `.grad`, and everything else as the ascent left it."""
         calls = run.tape.take()
+        ascent_loss = run.take_ascent_loss()
         names, weights = run.perturbed_with_gradient()
         is_measured = self._sam_is_measured()
-        perturbation = Perturbation(weights)
+        if not names:  # these examples do not touch what is perturbed: e is 0, and g is g_s
+            return
+        perturbation, with_gradients = Perturbation(weights), torch.is_grad_enabled()
         is_complete = False
 
         def undo() -> None:
-            torch.set_grad_enabled(True)  # an interrupt may have left a `no_grad` half undone
+            torch.set_grad_enabled(with_gradients)  # an interrupt may have struck a `no_grad`
             perturbation.restore()
             if not is_complete:
                 run.discard_update()  # a part of g_s is no gradient to step with
@@ -168,9 +171,7 @@ class SAMTrainerMixin(_Base):
             if is_measured:
                 self._sam_measure(run, names, perturbation)
             is_complete = True
-        run.add_to_sharpness(descent_loss)
-        if self.accelerator.sync_gradients:
-            run.readings.add_sharpness(run.take_sharpness())
+        run.add_sharpness(descent_loss - ascent_loss, is_last=self.accelerator.sync_gradients)
 
     # ---- The parts of the second pass --------------------------------------------------------
 
@@ -282,7 +283,9 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
     """`transformers.Trainer` with sharpness-aware updates (SAM, ASAM)."""
 
 
-@functools.cache
+_SUBCLASSES: dict[type[Trainer], type[Trainer]] = {Trainer: SAMTrainer}
+
+
 def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
     """The subclass of `trainer_class` whose updates are sharpness-aware.
 
@@ -299,8 +302,11 @@ def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
         )
     if issubclass(trainer_class, SAMTrainerMixin):
         return trainer_class
-    names = {"__doc__": f"`{trainer_class.__name__}` with sharpness-aware updates."}
-    return type(f"SAM{trainer_class.__name__}", (SAMTrainerMixin, trainer_class), names)
+    if trainer_class not in _SUBCLASSES:
+        names = {"__doc__": f"`{trainer_class.__name__}` with sharpness-aware updates."}
+        bases = (SAMTrainerMixin, trainer_class)
+        _SUBCLASSES[trainer_class] = type(f"SAM{trainer_class.__name__}", bases, names)
+    return _SUBCLASSES[trainer_class]
 
 
 class _Guard(TrainerCallback):

@@ -217,3 +217,34 @@ def test_a_parameter_outside_the_model_gets_the_gradient_of_the_second_pass_alon
 
 def test_the_classes_can_be_pickled_by_name():
     assert pickle.loads(pickle.dumps(SAMTrainer)) is SAMTrainer
+
+
+class RescalesInPlace(UsesOutputs):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        loss *= 0.1
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_loss_that_is_rescaled_in_place_is_refused_too():
+    trainer = sam_trainer(Classifier(), examples(8), with_sam(RescalesInPlace))
+    with pytest.raises(RuntimeError, match=r"returned 0\.1 times what compute_loss returned"):
+        trainer.train()
+
+
+class ComputesBefore(SAMTrainer):
+    """Runs a part of the model before compute_loss."""
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return inputs | {"x": inputs["x"] * self.model.first.weight[0]}
+
+
+def test_an_input_that_was_computed_with_gradients_is_refused():
+    trainer = sam_trainer(Classifier(), examples(8), ComputesBefore)
+    with pytest.raises(RuntimeError, match=r"shape \(4, 5\).*computed with gradients before"):
+        trainer.train()

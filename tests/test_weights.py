@@ -310,3 +310,39 @@ def test_a_sparse_gradient_that_no_module_announces_raises_with_the_parameters_n
     trainer = sam_trainer(SparseByCall(), examples(4))
     with pytest.raises(RuntimeError, match=r"table: the gradient is sparse.*sparse=False"):
         trainer.train()
+
+
+class TwoTasks(nn.Module):
+    """Each example has a branch of its own: the other one has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(2, 1, dtype=torch.float64)
+        self.right = nn.Linear(2, 1, dtype=torch.float64)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        branch = self.left if labels[0] == 0 else self.right
+        return {"loss": branch(x).square().mean()}
+
+
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_a_micro_batch_that_touches_nothing_perturbed_gives_its_plain_gradient(scope):
+    rows = [
+        {"x": torch.ones(2, dtype=torch.float64) * (i + 1), "labels": torch.tensor(i % 2)}
+        for i in range(4)
+    ]
+    results = []
+    for sam in ({"sam_params": "left", "sam_scope": scope, "sam_rho": 0.3}, {"sam_rho": 0.0}):
+        torch.manual_seed(0)
+        model = TwoTasks()
+        trainer = sam_trainer(
+            model, Rows(rows), sam=sam, per_device_train_batch_size=1, max_steps=4
+        )
+        trainer.train()
+        results.append(weights(model))
+        if sam["sam_rho"]:
+            readings = [e for e in trainer.state.log_history if "loss" in e]
+            assert ["sam_sharpness" in e for e in readings] == [True, False, True, False]
+    perturbed, plain = results
+    for name in plain:
+        assert torch.equal(perturbed[name], plain[name]) == name.startswith("right")
