@@ -33,6 +33,10 @@ def test_every_file_that_the_readme_names_exists():
         assert (ROOT / name).exists(), name
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README and "TODO" not in README
+
+
 def test_every_script_and_recipe_is_in_the_readme():
     for path in [*ROOT.glob("scripts/*_*.py"), *ROOT.glob("configs/*.yaml")]:
         is_command = path.suffix == ".yaml" or "__main__" in path.read_text()
