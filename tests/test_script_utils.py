@@ -115,7 +115,7 @@ def test_a_bad_yaml_is_refused_by_file_and_key_in_one_line(tmp_path, text, messa
     ("text", "name", "value"),
     [
         ("lr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
-        ("activation_checkpointing: false", "activation_checkpointing", False),
+        ("logging_nan_inf_filter: false", "logging_nan_inf_filter", False),
         ("disable_tqdm: true", "disable_tqdm", True),
         ("lr_scheduler_type: cosine", "lr_scheduler_type", "cosine"),
         ("warmup_steps: 1e-1", "warmup_steps", 0.1),
