@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "SAMConfig": "config",
     "SAMTrainingArguments": "config",
+    "SAMSeq2SeqTrainer": "trainer",
     "SAMTrainer": "trainer",
     "SAMTrainerMixin": "trainer",
     "with_sam": "trainer",
@@ -24,9 +25,16 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from .config import SAMConfig, SAMTrainingArguments
-    from .trainer import SAMTrainer, SAMTrainerMixin, with_sam
+    from .trainer import SAMSeq2SeqTrainer, SAMTrainer, SAMTrainerMixin, with_sam
 
-__all__ = ["SAMConfig", "SAMTrainer", "SAMTrainerMixin", "SAMTrainingArguments", "with_sam"]
+__all__ = [
+    "SAMConfig",
+    "SAMSeq2SeqTrainer",
+    "SAMTrainer",
+    "SAMTrainerMixin",
+    "SAMTrainingArguments",
+    "with_sam",
+]
 
 
 def __getattr__(name: str) -> Any:

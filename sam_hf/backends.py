@@ -185,11 +185,12 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             "FSDP shards the weights, which SAM does not support yet. Train without `fsdp`, or set "
             "sam_rho=0."
         )
-    if accelerator.num_processes > 1 or args.n_gpu > 1 or trainer.is_model_parallel:
+    is_split = getattr(trainer, "is_model_parallel", False)  # PPO's trainer does not look
+    if accelerator.num_processes > 1 or args.n_gpu > 1 or is_split:
         raise ValueError(
             f"SAM runs in one process on one device for the time being; this run has "
             f"{accelerator.num_processes} processes and {max(args.n_gpu, 1)} devices in this one"
-            f"{' and a model split by device_map' if trainer.is_model_parallel else ''}. Start one "
+            f"{' and a model split by device_map' if is_split else ''}. Start one "
             "process that sees one device, or set sam_rho=0."
         )
     perturbed = select_parameters(trainer.model, sam_params)

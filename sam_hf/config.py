@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.utils.hub import cached_file
 
+from . import __version__
 from .methods import METHODS, Method
 
+SAM_CONFIG_NAME = "sam_config.json"
 _SCOPES = ("batch", "micro_batch")
 _ADAPTIVE_SCOPES = ("all", "weights")
 
@@ -126,6 +134,86 @@ class SAMConfig:
         started = update >= self.sam_start_ratio * max_updates
         return self.sam_rho > 0 and started and update % self.sam_interval == 0
 
+    def to_sam_dict(self) -> dict[str, Any]:
+        """The `sam_*` fields alone, also of a class that has others beside them."""
+        return {f.name: getattr(self, f.name) for f in fields(SAMConfig)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write the `sam_*` fields to `sam_config.json` in a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"sam_hf_version": __version__, **self.to_sam_dict()}
+        with replacing(folder / SAM_CONFIG_NAME) as path:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> SAMConfig:
+        """Read the `sam_config.json` that was saved with a model.
+
+        Args:
+            name_or_path: a folder, or the name of a model on the Hub.
+            revision, token, cache_dir, local_files_only: for the Hub, as in
+                `PreTrainedModel.from_pretrained`.
+            **overrides: `sam_*` fields that replace those of the file.
+
+        Returns:
+            A `SAMConfig`, also when called on a subclass that needs more than the file holds:
+            `SAMTrainingArguments(output_dir=..., **SAMConfig.from_pretrained(...).to_sam_dict())`.
+
+        Raises:
+            FileNotFoundError: there is no such file, or the Hub could not be asked for it.
+            ValueError: the file is no JSON object, has a key that is no field, or a field has a
+                value that is not allowed.
+        """
+        try:
+            file = cached_file(
+                name_or_path,
+                SAM_CONFIG_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{SAM_CONFIG_NAME} could not be read from {str(name_or_path)!r}, which is neither "
+                "a folder nor a model on the Hub that holds one: " + " ".join(str(error).split())
+            ) from error
+        assert file is not None  # else it has raised
+        try:
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError as error:  # of the JSON or of its encoding
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} holds {values!r}. Allowed: a JSON object.")
+        version = values.pop("sam_hf_version", "unknown")
+        unknown = sorted(values.keys() - {f.name for f in fields(SAMConfig)})
+        if unknown:
+            raise ValueError(
+                f"{file}: {', '.join(map(repr, unknown))} is no option of sam_hf {__version__}. "
+                f"The file was written by version {version}: install that one, or remove the key."
+            )
+        try:
+            return SAMConfig(**(values | overrides))
+        except ValueError as error:
+            error.add_note(f"The options were read from {file}, written by sam_hf {version}.")
+            raise
+
+    def options_of_other_methods(self) -> list[str]:
+        """The fields that have no effect with this `sam_method`."""
+        used = {f"sam_{f.name}" for f in fields(METHODS[self.sam_method])}
+        known = {f"sam_{f.name}" for method in METHODS.values() for f in fields(method)}
+        return sorted(known - used)
+
     def _check_number(self, name: str, low: float, high: float = math.inf) -> None:
         value = getattr(self, name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -164,15 +252,27 @@ class SAMConfig:
     def _warn_of_unused_options(self) -> None:
         """A method's option that was set while another method is chosen does nothing: say so."""
         defaults = {f.name: f.default for f in fields(SAMConfig)}
-        used = {f"sam_{f.name}" for f in fields(METHODS[self.sam_method])}
-        known = {f"sam_{f.name}" for method in METHODS.values() for f in fields(method)}
-        for name in sorted(known - used):
+        for name in self.options_of_other_methods():
             if getattr(self, name) != defaults[name]:
                 warnings.warn(
                     f"{name}={getattr(self, name)!r} has no effect with "
                     f"sam_method={self.sam_method!r}.",
                     stacklevel=2,
                 )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to. When the block ends well, what was written there becomes `path`.
+
+    A block that fails (a full disk) leaves the file of before.
+    """
+    temporary = path.with_name(f"_{path.name}")  # the Trainer never pushes such names
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass

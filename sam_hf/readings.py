@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from .methods import Dot, Method
 from .params import PARAMETER_GROUPS
@@ -58,6 +60,17 @@ class Readings:
             )
             if usable
         }
+
+
+def log_is_due(
+    args: TrainingArguments, state: TrainerState, interval: int, is_end_of_epoch: bool
+) -> bool:
+    """Whether the Trainer will log before the next of the updates that stand `interval` apart."""
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        update, is_first = state.global_step, state.global_step == 0 and args.logging_first_step
+        every = max(int(state.logging_steps or args.logging_steps), 1)
+        return is_first or (update + interval) // every > update // every
+    return args.logging_strategy == IntervalStrategy.EPOCH and (is_end_of_epoch or interval > 1)
 
 
 def measure(

@@ -5,7 +5,7 @@ Four things make the pass at w + e comparable with the pass at w, and invisible 
 * the recorded calls (`Tape`): the same inputs, even if the callee popped or overwrote them;
 * the random state (`RandomState`): the same dropout masks and noise;
 * the buffers (`BufferGuard`): running statistics are updated once for each batch;
-* the trainer's own attributes (`SideEffects`): counters and metric lists count once.
+* the trainer's own attributes (`side_effects.SideEffects`): counters and metric lists count once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,31 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Tensors up to this size are taken for counters and running means, and are restored by value.
-_SMALL_TENSOR = 1024
-# Longer containers are taken for data: their entries are restored, what those hold is not.
-_LONG_CONTAINER = 256
-# These types and no subclasses, which may forbid what a restore does (`ModelOutput.update` raises).
-_CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
-
-
-@contextmanager
-def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Call `undo` at the end of the block, however it ends.
-
-    An interrupt (Ctrl-C) may come in the middle of `undo`, or between `finally` and its first line:
-    then it is called again. It must bear that.
-    """
-    is_undone = False
-    try:
-        try:
-            yield
-        finally:
-            undo()
-            is_undone = True
-    finally:
-        if not is_undone:
-            undo()
+from .side_effects import undoing
 
 
 class RandomState:
@@ -123,6 +98,7 @@ class RecordedCall:
     context: dict[str, Any]
     loss: Tensor | None = None
     """What it returned, detached; of the replay, once it was replayed."""
+    is_running: bool = False
 
     @property
     def inputs(self) -> Any:
@@ -131,13 +107,22 @@ class RecordedCall:
 
     def make(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function`, and keep the loss that it returns, alone or first in a tuple."""
-        result = function(*args, **kwargs)
+        self.is_running = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self.is_running = False
         # A copy: the caller may rescale the loss in place.
         self.loss = _loss_in(result).detach().clone()
         return result
 
-    def repeat(self, function: Callable[..., Any], *_: Any, **__: Any) -> Tensor:
-        """Call `function` as it was called before, whatever it is given now; the loss alone."""
+    def repeat(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` as it was called before, whatever it is given now; the loss alone.
+
+        A call from within it is its own affair, and is made as it is asked for.
+        """
+        if self.is_running:
+            return function(*args, **kwargs)
         return _loss_in(self.make(function, *self.args, **self.kwargs))
 
 
@@ -166,7 +151,8 @@ class Tape:
         before = len(self._calls)
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():  # a measurement, and no loss to replay
+            # A measurement, and no loss to replay; or a part of a call that is recorded already.
+            if not torch.is_grad_enabled() or any(call.is_running for call in self.since(before)):
                 return function(*args, **kwargs)
             call = RecordedCall(
                 clone_inputs(args), clone_inputs(kwargs), RandomState(self._devices), context
@@ -190,8 +176,9 @@ class BufferGuard:
     """Finds the modules that write their buffers in a forward pass, and undoes such writing.
 
     A module counts as a writer once a buffer of it was replaced or changed in place between `watch`
-    and `preserved`. All buffers of a writer are restored: BatchNorm's kernels do not tell that they
-    wrote the running mean, but its counter of batches does.
+    and `preserved`. All buffers of a writer are restored: the kernels of batch norm do not tell
+    that they wrote the running mean, but PyTorch's modules count the batches. Other modules that
+    have a `running_mean` count as writers while they train.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -206,7 +193,12 @@ class BufferGuard:
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Whatever happens to the writers' buffers inside the block is undone at its end."""
-        self._writers.update((m, None) for m, seen in self._seen if _differ(seen, _versions(m)))
+        self._writers.update(
+            (module, None)
+            for module, seen in self._seen
+            if _differ(seen, _versions(module))
+            or (module.training and "running_mean" in module._buffers)
+        )
         self._seen = []
         kept = [
             (module, name, buffer, buffer.clone())
@@ -233,73 +225,3 @@ def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -
     return len(before) != len(after) or any(
         x is not y or version != now for (x, version), (y, now) in zip(before, after, strict=True)
     )
-
-
-class SideEffects:
-    """Puts the attributes of some objects back to what they were, down through plain containers.
-
-    Rebound attributes, grown or changed lists, dictionaries, sets and deques, and small tensors
-    that were changed in place are restored. Objects are not entered: models, data sets, optimizers
-    and callbacks stay as they are.
-
-    Args:
-        owners: the objects. Containers in the attributes of the first one are followed, those of
-            the others only rebound.
-        skip: names of attributes that are data, not state.
-    """
-
-    def __init__(self, *owners: Any, skip: Collection[str] = ()) -> None:
-        self._attributes = [(vars(owner), dict(vars(owner))) for owner in owners]
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        for name, value in self._attributes[0][1].items():
-            if name not in skip:
-                self._keep(value)
-
-    def _keep(self, value: Any) -> None:
-        if id(value) in self._contents:
-            return
-        if isinstance(value, Tensor):
-            if value.numel() <= _SMALL_TENSOR:
-                self._contents[id(value)] = (value, (value._version, value.detach().clone()))
-        elif type(value) in _CONTAINERS:
-            self._contents[id(value)] = (value, copy.copy(value))
-            if len(value) <= _LONG_CONTAINER:
-                for item in value.values() if isinstance(value, dict) else value:
-                    self._keep(item)
-        elif isinstance(value, tuple) and len(value) <= _LONG_CONTAINER:
-            for item in value:
-                self._keep(item)
-
-    def restore(self) -> None:
-        for attributes, kept in self._attributes:
-            for name in attributes.keys() - kept.keys():
-                del attributes[name]
-            attributes.update(kept)
-        for value, kept in self._contents.values():
-            if isinstance(value, Tensor):
-                version, content = kept
-                if value._version != version:
-                    with torch.no_grad():
-                        value.copy_(content)
-            elif isinstance(value, (dict, set)):
-                value.clear()
-                value.update(kept)
-            else:
-                value.clear()
-                value.extend(kept)
-
-
-@contextmanager
-def shadowed(owner: Any, **functions: Callable[..., Any]) -> Iterator[None]:
-    """Put functions in the place of methods, on this object alone, for the length of a block."""
-    attributes = vars(owner)
-    before = {name: attributes[name] for name in functions if name in attributes}
-
-    def undo() -> None:
-        for name in functions:
-            attributes.pop(name, None)
-        attributes.update(before)
-
-    with undoing(undo):
-        attributes.update(functions)
-        yield

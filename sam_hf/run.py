@@ -13,7 +13,8 @@ from .backends import Backend
 from .config import SAMConfig
 from .params import parameter_groups, select_parameters
 from .readings import Readings
-from .replay import BufferGuard, RecordedCall, Tape, undoing
+from .replay import BufferGuard, RecordedCall, Tape
+from .side_effects import undoing
 
 
 class Run:

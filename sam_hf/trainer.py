@@ -10,31 +10,29 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers import Seq2SeqTrainer, Trainer
 
 from .backends import Perturbation, refuse_what_cannot_work, step_size
 from .config import SAMConfig
-from .readings import measure
-from .replay import RandomState, RecordedCall, SideEffects, shadowed, undoing
+from .guard import RunGuard, checked_space
+from .integrations import activation_offloading, sampling_policy_kept
+from .publishing import PublishingMixin
+from .readings import log_is_due, measure
+from .replay import RandomState, RecordedCall
 from .run import Run
+from .side_effects import SideEffects, shadowed, undoing
 
 # Attributes of a trainer that hold examples: large, and not changed by a training step.
 _DATA_ATTRIBUTES = ("train_dataset", "eval_dataset")
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class SAMTrainerMixin(_Base):
+class SAMTrainerMixin(PublishingMixin):
     """Makes the updates of the Trainer class that stands behind it sharpness-aware.
 
     ``class MySAMTrainer(SAMTrainerMixin, MyTrainer): ...``
@@ -66,7 +64,17 @@ class SAMTrainerMixin(_Base):
             raise TypeError(
                 f"sam_config={sam_config!r} is not allowed. Allowed: a SAMConfig or None."
             )
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            # TRL's trainers copy arguments of another class into one of their own.
+            if "unexpected keyword argument 'sam_" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__} takes arguments of a class of its own ({error}). Pass that "
+                "class with sam_config=SAMConfig(...) beside it, or one that is both: "
+                "`@dataclass class MyConfig(SAMConfig, TheirConfig): ...`."
+            ) from error
         if sam_config is not None and isinstance(self.args, SAMConfig):
             raise ValueError(
                 "Both sam_config and args hold SAM options. Pass sam_config with plain "
@@ -77,7 +85,7 @@ class SAMTrainerMixin(_Base):
         self._sam_is_replaying = False
         self._sam_warned_of_rounding = False
         self._sam_check()
-        self.add_callback(_Guard(self))
+        self.add_callback(RunGuard(self))
 
     @property
     def sam_config(self) -> SAMConfig:
@@ -92,6 +100,13 @@ class SAMTrainerMixin(_Base):
     def _sam_new_run(self) -> Run:
         assert self.model is not None  # Trainer has seen to it
         return Run(self.sam_config, self.model, self.optimizer)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's `train`."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._sam_run = None  # it holds the inputs of an update that was not completed
 
     # ---- One micro-batch ---------------------------------------------------------------------
 
@@ -134,6 +149,7 @@ class SAMTrainerMixin(_Base):
         with (
             run.tape.recording(self.compute_loss, context) as recorder,
             shadowed(self, compute_loss=recorder),
+            sampling_policy_kept(self, run.tape),
         ):
             loss = super().training_step(model, inputs, num_items_in_batch)
             calls = run.tape.since(calls_before)
@@ -173,6 +189,19 @@ class SAMTrainerMixin(_Base):
             is_complete = True
         run.add_sharpness(descent_loss - ascent_loss, is_last=self.accelerator.sync_gradients)
 
+    # ---- Search ------------------------------------------------------------------------------
+
+    def hyperparameter_search(
+        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's search, which may set options of SAM where `args` holds them.
+
+        Raises:
+            ValueError: `hp_space` names an option of SAM that `args` does not have.
+        """
+        space = None if hp_space is None else checked_space(self.args, hp_space)
+        return super().hyperparameter_search(space, *args, **kwargs)
+
     # ---- The parts of the second pass --------------------------------------------------------
 
     def _sam_perturb(
@@ -207,6 +236,7 @@ class SAMTrainerMixin(_Base):
         with (
             run.buffers.preserved() if config.sam_freeze_norm_stats else nullcontext(),
             self._sam_unseen(run),
+            activation_offloading(self),
         ):
             for call in calls:
                 flos += self.floating_point_ops(call.inputs)
@@ -244,18 +274,13 @@ class SAMTrainerMixin(_Base):
     # ---- Readings ----------------------------------------------------------------------------
 
     def _sam_is_measured(self) -> bool:
-        """Whether a log will be written before the next perturbed update."""
-        if not self.accelerator.sync_gradients:
-            return False  # of the micro-batches of an update, the last one is measured
-        update, interval = self.state.global_step, self.sam_config.sam_interval
-        if self.args.logging_strategy == IntervalStrategy.STEPS:
-            is_first = update == 0 and self.args.logging_first_step
-            every = max(int(self.state.logging_steps or self.args.logging_steps), 1)
-            return is_first or (update + interval) // every > update // every
-        if self.args.logging_strategy == IntervalStrategy.EPOCH:
-            loader = self.accelerator.gradient_state
-            return bool(loader.end_of_dataloader or not loader.in_dataloader or interval > 1)
-        return False
+        """Whether a log will show the readings of these examples."""
+        loader = self.accelerator.gradient_state
+        is_last = loader.end_of_dataloader or not loader.in_dataloader
+        # Of the micro-batches of an update, the last one is measured.
+        return self.accelerator.sync_gradients and log_is_due(
+            self.args, self.state, self.sam_config.sam_interval, is_last
+        )
 
     @torch.no_grad()
     def _sam_measure(self, run: Run, names: list[str], perturbation: Perturbation) -> None:
@@ -283,7 +308,14 @@ class SAMTrainer(SAMTrainerMixin, Trainer):
     """`transformers.Trainer` with sharpness-aware updates (SAM, ASAM)."""
 
 
-_SUBCLASSES: dict[type[Trainer], type[Trainer]] = {Trainer: SAMTrainer}
+class SAMSeq2SeqTrainer(SAMTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with sharpness-aware updates (SAM, ASAM)."""
+
+
+_SUBCLASSES: dict[type[Trainer], type[Trainer]] = {
+    Trainer: SAMTrainer,
+    Seq2SeqTrainer: SAMSeq2SeqTrainer,
+}
 
 
 def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
@@ -307,29 +339,3 @@ def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
         bases = (SAMTrainerMixin, trainer_class)
         _SUBCLASSES[trainer_class] = type(f"SAM{trainer_class.__name__}", bases, names)
     return _SUBCLASSES[trainer_class]
-
-
-class _Guard(TrainerCallback):
-    """Starts each run afresh, and stops a run whose training step passes SAM by."""
-
-    def __init__(self, trainer: SAMTrainerMixin) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        # Another model (model_init), other options (a search), a smaller batch (an out-of-memory
-        # retry) or no gradients from before: nothing of an earlier run holds.
-        trainer = self._trainer
-        trainer._sam_check()
-        trainer._sam_run = trainer._sam_new_run() if trainer.sam_config.sam_rho > 0 else None
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        run = self._trainer._sam_run
-        if run is not None and not run.was_reached:
-            raise RuntimeError(
-                f"{type(self._trainer).__name__} overrides training_step without calling "
-                "super().training_step, so that its updates are not sharpness-aware. Call it, or "
-                "set sam_rho=0."
-            )
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._trainer._sam_run = None

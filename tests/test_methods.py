@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from reference_asam import asam_perturbation
@@ -49,6 +51,18 @@ def perturbed(name, w, g, names=NAMES, rho=RHO):
 
 def test_every_method_has_a_twin_written_from_its_paper():
     assert TWINS.keys() == METHODS.keys()
+
+
+@every_method
+def test_the_citation_is_that_of_the_paper_that_the_docstring_names(name):
+    citation, docstring = METHODS[name].citation, METHODS[name].__doc__
+    entry = dict(re.findall(r"^  (\w+) = \{(.*?)\},?$", citation, re.MULTILINE | re.DOTALL))
+    assert entry["url"] in docstring and f"{entry['year']}," in docstring
+    title = " ".join(re.sub("[{}]", "", entry["title"]).split())
+    assert title in " ".join(docstring.split())
+    for author in entry["author"].split(" and "):
+        assert author.split(",")[0] in docstring
+    assert citation.startswith("@") and citation.count("{") == citation.count("}")
 
 
 @every_method

@@ -170,7 +170,7 @@ class Bypasses(SAMTrainer):
     [
         (with_sam(NeverComputes), "SAMNeverComputes.training_step never called compute_loss"),
         (with_sam(Rescales), r"SAMRescales.training_step returned 0\.5 times what compute_loss"),
-        (Bypasses, r"Bypasses overrides training_step without calling super\(\)"),
+        (Bypasses, "Bypasses updates the weights without the training_step of SAMTrainerMixin"),
     ],
 )
 def test_a_training_step_that_sam_cannot_replay_raises_at_the_first_step(trainer_class, message):

@@ -223,7 +223,7 @@ class NoSuper(SAMTrainer):
     ("trainer_class", "match"),
     [
         (with_sam(NoComputeLoss), "never called compute_loss.*Compute the loss in compute_loss"),
-        (NoSuper, "NoSuper overrides training_step without calling super.*Call it"),
+        (NoSuper, "NoSuper updates the weights without the training_step of SAMTrainerMixin"),
     ],
 )
 def test_a_training_step_that_passes_sam_by_raises_before_the_first_optimizer_step(

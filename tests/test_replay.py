@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import BatchEncoding
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from sam_hf.replay import BufferGuard, RandomState, SideEffects, Tape, clone_inputs
+from sam_hf.replay import BufferGuard, RandomState, Tape, clone_inputs
 
 
 def draw():
@@ -97,9 +96,22 @@ class Counts(nn.Module):
         return x
 
 
+class Normalises(nn.Module):
+    """Batch norm by its function: no counter tells of what its kernel wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(3))
+        self.register_buffer("running_var", torch.ones(3))
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
 @pytest.mark.parametrize(
     "layer",
     [
+        Normalises(),
         nn.BatchNorm1d(3),
         nn.BatchNorm1d(3, momentum=None),
         nn.BatchNorm1d(3, affine=False),
@@ -132,53 +144,3 @@ def test_buffers_that_nobody_writes_are_not_copied():
     model[1].large.clone = None  # a copy would call it
     with guard.preserved():
         pass
-
-
-class Owner:
-    def __init__(self):
-        self.count, self.name = 1, "a"
-        self.metrics = {"train": defaultdict(list, {"loss": [1.0]}), "eval": {}}
-        self.recent, self.seen = deque([1, 2], maxlen=2), {1}
-        self.votes, self.total = Counter(a=1), torch.tensor(1.0)
-        self.data = [1, 2]
-        self.output = SequenceClassifierOutput(logits=torch.ones(1))
-        self.both = ([1], {"k": 1})
-
-
-def test_attributes_counters_metric_lists_and_small_tensors_come_back():
-    owner, other = Owner(), Owner()
-    objects = dict(vars(owner))
-    effects = SideEffects(owner, other, skip=["data"])
-    owner.count += 1
-    owner.name = "b"
-    owner.new = 3
-    del owner.votes["a"]
-    owner.metrics["train"]["loss"].append(2.0)
-    owner.metrics["train"]["accuracy"].append(0.5)
-    owner.metrics["eval"] = {"x": 1}
-    owner.recent.append(3)
-    owner.seen.add(2)
-    owner.votes["b"] += 1
-    owner.total += 5
-    owner.both[0].append(2)
-    owner.both[1]["k"] = 2
-    owner.data.append(3)
-    other.count = 9
-    effects.restore()
-    fresh = Owner()
-    for name in ("count", "name", "metrics", "recent", "seen", "votes", "both"):
-        assert getattr(owner, name) == getattr(fresh, name), name
-        assert getattr(owner, name) is objects[name], name
-    assert owner.total == 1.0 and owner.total is objects["total"]
-    assert not hasattr(owner, "new") and other.count == 1
-    assert owner.data == [1, 2, 3]  # data, not state
-    assert owner.metrics["train"].default_factory is list
-
-
-def test_containers_that_hold_themselves_do_not_hang():
-    owner = Owner()
-    owner.metrics["self"] = owner.metrics
-    effects = SideEffects(owner)
-    owner.metrics["train"]["loss"].append(2.0)
-    effects.restore()
-    assert owner.metrics["train"]["loss"] == [1.0]

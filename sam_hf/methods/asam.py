@@ -40,6 +40,15 @@ class ASAM(Method):
     Cost: two passes an update; one copy of the perturbed weights.
     """
 
+    citation: ClassVar[str] = """\
+@inproceedings{kwon2021asam,
+  title = {{ASAM}: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural
+           Networks},
+  author = {Kwon, Jungmin and Kim, Jeongseop and Park, Hyunseo and Choi, In Kwon},
+  booktitle = {International Conference on Machine Learning},
+  year = {2021},
+  url = {https://arxiv.org/abs/2102.11600}
+}"""
     reports_shares: ClassVar[bool] = True
 
     eta: float

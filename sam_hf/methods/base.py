@@ -23,6 +23,9 @@ class Method:
     a zero or non-finite norm perturbs nothing, are made outside, once, for every method.
     """
 
+    citation: ClassVar[str]
+    """The paper, in BibTeX. Model cards show it."""
+
     reports_shares: ClassVar[bool] = False
     """Whether the logs show how |e|² is spent on norms, biases, embeddings and matrices."""
 

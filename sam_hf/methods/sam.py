@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,15 @@ class SAM(Method):
     Settings: ``sam_rho`` 0.05 for fine-tuning vision models, 0.1 to 0.2 from scratch or under
     label noise, 1e-3 to 5e-2 for language encoders.
     """
+
+    citation: ClassVar[str] = """\
+@inproceedings{foret2021sharpness,
+  title = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
+  author = {Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam},
+  booktitle = {International Conference on Learning Representations},
+  year = {2021},
+  url = {https://arxiv.org/abs/2010.01412}
+}"""
 
     def direction(
         self, names: Sequence[str], weights: list[Tensor], grads: list[Tensor], dot: Dot
