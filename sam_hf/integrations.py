@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
-
 from .replay import Tape
 from .side_effects import shadowed
 
@@ -32,10 +30,13 @@ def sampling_policy_kept(trainer: Any, tape: Tape) -> Iterator[None]:
         yield
         return
 
+    calls_before = len(tape)
+
     def keep(*args: Any, **kwargs: Any) -> Any:
         result = compute(*args, **kwargs)
-        if torch.is_grad_enabled():  # not while samples are drawn
-            inputs = tape.since(0)[-1].inputs
+        # Not while samples are drawn, and not of another model, which is not trained.
+        if len(tape) > calls_before and result[0].requires_grad:
+            inputs = tape.since(calls_before)[-1].inputs
             inputs.setdefault("old_per_token_logps", result[0].detach())
         return result
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Comments, so that they are not seen, and a part that others append stays outside.
 _BEGIN, _END = "<!-- sam_hf: begin -->", "<!-- sam_hf: end -->"
+_FOUND = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
+_TAG = "sharpness-aware-minimization"
 
 _READINGS = {
     "sam_sharpness": "L(w + e) − L(w), the mean over the updates since the log before",
@@ -36,20 +38,31 @@ def describe(path: Path, config: SAMConfig, trainer: Trainer) -> None:
         config: the options of the run.
         trainer: it knows the layout, the metrics and the readings.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# {_repository(trainer)}\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# {repository_name(trainer)}\n"
     section = f"{_BEGIN}\n{_section(config, trainer)}\n{_END}\n"
-    found = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", re.DOTALL)
-    if found.search(text):
-        text = found.sub(lambda _: section, text)
+    if _FOUND.search(text):
+        text = _FOUND.sub(lambda _: section, text)
     else:
         text = f"{text.rstrip()}\n\n{section}"
+    _write(path, text, tags=[config.sam_method, _TAG])
+
+
+def forget(path: Path) -> None:
+    """Take the section and the tags of an earlier run with SAM out of a card that has them."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if _FOUND.search(text):
+        _write(path, _FOUND.sub("", text).rstrip() + "\n", tags=[])
+
+
+def _write(path: Path, text: str, tags: list[str]) -> None:
+    """Write the card, with these tags in the place of those that `describe` gave it before."""
     with replacing(path) as card:
         card.write_text(text, encoding="utf-8")
         data = metadata_load(card) or {}
-        tags = data.get("tags") or []
-        tags = [tags] if isinstance(tags, str) else tags
-        wanted = [*tags, config.sam_method, "sharpness-aware-minimization"]
-        metadata_save(card, data | {"tags": list(dict.fromkeys(wanted))})
+        others = data.get("tags") or []
+        others = [others] if isinstance(others, str) else others
+        kept = [tag for tag in others if tag not in (*METHODS, _TAG)]
+        metadata_save(card, data | {"tags": [*kept, *tags]})
 
 
 def _section(config: SAMConfig, trainer: Trainer) -> str:
@@ -87,7 +100,7 @@ def _section(config: SAMConfig, trainer: Trainer) -> str:
         "To train on with the same settings:",
         "```python\n"
         "from sam_hf import SAMConfig, SAMTrainer\n\n"
-        f'sam_config = SAMConfig.from_pretrained("{_repository(trainer)}")\n'
+        f'sam_config = SAMConfig.from_pretrained("{repository_name(trainer)}")\n'
         "trainer = SAMTrainer(..., sam_config=sam_config)  # or with_sam(SFTTrainer)(...)\n"
         "```",
         f"Cite {method.__name__} as:",
@@ -121,12 +134,12 @@ def _latest(history: list[dict[str, Any]]) -> dict[str, tuple[str, Any]]:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    # A bar would end the cell: a regular expression may have one.
-    cells = ([str(x).replace("|", r"\|") for x in row] for row in lines)
+    # A bar or a line break would end the cell: a regular expression may have them.
+    cells = ([str(x).replace("|", r"\|").replace("\n", " ") for x in row] for row in lines)
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _repository(trainer: Trainer) -> str:
+def repository_name(trainer: Trainer) -> str:
     """The name of the model's repository, or what the Trainer would call it."""
     name = trainer.hub_model_id or trainer.args.hub_model_id
     return str(name or Path(str(trainer.args.output_dir)).absolute().name)

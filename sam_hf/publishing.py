@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from .config import SAMConfig
-from .model_card import describe
+from .model_card import describe, forget, repository_name
 from .side_effects import shadowed
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,12 @@ class PublishingMixin(_Base):
         folder = self._sam_folder if output_dir is None else Path(output_dir)
         if self.args.should_save:
             self.sam_config.save_pretrained(folder)  # first: what follows may push it
+        card_before = _content(folder / "README.md")
         self._sam_saved_in = None
         super().save_model(output_dir, _internal_call)
         self._sam_saved_in = folder
-        if self.args.should_save and (folder / "README.md").exists():  # PEFT saves a card as well
+        # PEFT saves a card as well. One that the user wrote stays as it is.
+        if self.args.should_save and _content(folder / "README.md") != card_before:
             self._sam_describe(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -97,17 +100,37 @@ class PublishingMixin(_Base):
             self._sam_describe(self._sam_folder)
 
     def _sam_describe(self, folder: Path) -> None:
-        if self.sam_config.sam_rho > 0:
-            describe(folder / "README.md", self.sam_config, self)
+        card = folder / "README.md"
+        try:
+            if self.sam_config.sam_rho > 0:
+                describe(card, self.sam_config, self)
+            else:
+                forget(card)
+        except (ValueError, yaml.YAMLError) as error:  # of the encoding, or of the front matter
+            logger.warning(
+                "%s cannot be read as a model card, and stays without the section of SAM: %s",
+                card,
+                " ".join(str(error).split()),
+            )
 
     # ---- The Hub -----------------------------------------------------------------------------
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The Trainer's `push_to_hub`. If it fails, the model is on disk, and the error says so."""
         folder = self._sam_folder
-        revision = kwargs.get("revision") or self.args.hub_revision
+        command = self._sam_upload_command(folder, revision=revision, private=private)
         try:
-            pushed = super().push_to_hub(*args, **kwargs)
+            pushed = super().push_to_hub(
+                commit_message, blocking, token, revision, private, **kwargs
+            )
         except Exception as error:
             if self.is_world_process_zero():
                 if self.hub_model_id is None:  # the Trainer asks for a repository before it saves
@@ -115,15 +138,15 @@ class PublishingMixin(_Base):
                 if self._sam_saved_in == folder:
                     error.add_note(
                         f"Nothing is lost: the model is saved in {str(folder)!r}. Call "
-                        f"push_to_hub() again, or run: {self._sam_upload_command(folder, revision)}"
+                        f"push_to_hub() again, or run: {command}"
                     )
             raise
         if isinstance(pushed, Future):
-            self._sam_warn_if_it_fails(pushed, self._sam_upload_command(folder, revision))
+            self._sam_warn_if_it_fails(pushed, command)
         return pushed
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        folder, revision = self._sam_folder, self.args.hub_revision
+        folder = self._sam_folder
         jobs_before = self._sam_push_jobs()
         is_due = self.args.hub_always_push or all(job.done() for job in jobs_before)
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END and is_due:
@@ -135,8 +158,8 @@ class PublishingMixin(_Base):
         name = Path(checkpoint_folder).name
         path = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else name
         commands = (
-            self._sam_upload_command(folder, revision),
-            self._sam_upload_command(Path(checkpoint_folder), revision, path),
+            self._sam_upload_command(folder),
+            self._sam_upload_command(Path(checkpoint_folder), path),
         )
         new_jobs = [job for job in self._sam_push_jobs() if job not in jobs_before]
         for job, command in zip(new_jobs, commands, strict=False):
@@ -146,16 +169,29 @@ class PublishingMixin(_Base):
         pushing = getattr(self, "push_in_progress", None)
         return [] if pushing is None else list(pushing.jobs)
 
-    def _sam_upload_command(self, folder: Path, revision: str | None, path: str = ".") -> str:
+    def _sam_upload_command(
+        self,
+        folder: Path,
+        path: str = ".",
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
         """The command that uploads what the Trainer would have uploaded."""
-        repository = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        words = ["hf", "upload", repository, str(folder), path]
-        words += ["--exclude", "checkpoint-*"] if path == "." else []
+        revision = revision or self.args.hub_revision
+        words = ["hf", "upload", repository_name(self), str(folder), path]
+        words += ["--exclude", "checkpoint-*", "--exclude", "_*"] if path == "." else []
         words += ["--revision", revision] if revision else []
+        # It makes the repository if there is none.
+        is_private = self.args.hub_private_repo if private is None else private
+        words += ["--private"] if is_private else []
         return shlex.join(words)
 
     def _sam_warn_if_it_fails(self, job: Future[Any], command: str) -> None:
         job.add_done_callback(functools.partial(_warn_of_a_failed_push, command=command))
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _to_dict(args: Any, sam_options: dict[str, Any]) -> dict[str, Any]:

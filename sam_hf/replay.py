@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .side_effects import undoing
+from .side_effects import undoing, version
+
+_VALUES = (bool, int, float, str, Tensor)
 
 
 class RandomState:
@@ -90,12 +92,14 @@ def _loss_in(result: Any) -> Tensor:
 
 @dataclass
 class RecordedCall:
-    """One call: its arguments, the random state it found, and what else its caller depended on."""
+    """One call: its arguments, and what it found that may decide what it computes."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random_state: RandomState
-    context: dict[str, Any]
+    attributes: dict[str, Any]
+    """Of the trainer: numbers, texts and tensors, such as coefficients that the calls adapt."""
+    num_items_in_batch: Any
     loss: Tensor | None = None
     """What it returned, detached; of the replay, once it was replayed."""
     is_running: bool = False
@@ -142,9 +146,9 @@ class Tape:
 
     @contextmanager
     def recording(
-        self, function: Callable[..., Any], context: dict[str, Any]
+        self, owner: Any, function: Callable[..., Any], num_items_in_batch: Any
     ) -> Iterator[Callable[..., Any]]:
-        """Give a function that does what `function` does, and records what it was called with.
+        """Give a function that does what the owner's `function` does, and records its calls.
 
         A block that fails leaves no trace: its gradient is not complete, so it is not replayed.
         """
@@ -155,7 +159,11 @@ class Tape:
             if not torch.is_grad_enabled() or any(call.is_running for call in self.since(before)):
                 return function(*args, **kwargs)
             call = RecordedCall(
-                clone_inputs(args), clone_inputs(kwargs), RandomState(self._devices), context
+                clone_inputs(args),
+                clone_inputs(kwargs),
+                RandomState(self._devices),
+                {k: v for k, v in vars(owner).items() if v is None or isinstance(v, _VALUES)},
+                num_items_in_batch,
             )
             self._calls.append(call)
             return call.make(function, *args, **kwargs)
@@ -218,7 +226,7 @@ class BufferGuard:
 
 
 def _versions(module: nn.Module) -> list[tuple[Tensor, int]]:
-    return [(b, b._version) for b in module._buffers.values() if b is not None]
+    return [(b, version(b)) for b in module._buffers.values() if b is not None]
 
 
 def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:

@@ -141,13 +141,9 @@ class SAMTrainerMixin(PublishingMixin):
         self, run: Run, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> Tensor:
         """The pass at w: the trainer's own training step, recorded."""
-        context = {
-            "num_items_in_batch": num_items_in_batch,
-            "accumulation_steps": getattr(self, "current_gradient_accumulation_steps", 1),
-        }
         calls_before = len(run.tape)
         with (
-            run.tape.recording(self.compute_loss, context) as recorder,
+            run.tape.recording(self, self.compute_loss, num_items_in_batch) as recorder,
             shadowed(self, compute_loss=recorder),
             sampling_policy_kept(self, run.tape),
         ):
@@ -244,11 +240,10 @@ class SAMTrainerMixin(PublishingMixin):
                     call.random_state.restore()
                 replayed = functools.partial(call.repeat, self.compute_loss)
                 # The inputs were prepared before they were recorded.
+                vars(self).update(call.attributes)
+                self._sam_is_replaying = True
                 with shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
-                    self.current_gradient_accumulation_steps = call.context["accumulation_steps"]
-                    losses.append(
-                        Trainer.training_step(self, model, {}, call.context["num_items_in_batch"])
-                    )
+                    losses.append(Trainer.training_step(self, model, {}, call.num_items_in_batch))
         self.current_flos += flos  # the loop counts the ascent alone
         run.check_loss_scale(type(self).__name__, calls[0], losses[0])
         return torch.stack(losses).sum()
@@ -267,7 +262,6 @@ class SAMTrainerMixin(PublishingMixin):
                 random_state.restore()
 
         with undoing(undo):
-            self._sam_is_replaying = True
             yield
             is_complete = True
 

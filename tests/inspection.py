@@ -7,6 +7,7 @@ from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ def snapshot(owner: Any) -> dict[str, Any]:
 def _enter(value: Any, path: str, found: dict[str, Any], seen: set[int]) -> None:
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Enum)):
         found[path] = value
+    elif isinstance(value, np.ndarray):
+        found[path] = value.tolist() if value.size < 5000 else value.shape
     elif isinstance(value, Tensor):
         found[path] = (value.dtype, value.tolist()) if value.numel() < 5000 else value.shape
     elif (

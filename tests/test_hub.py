@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from sam_hf import SAMConfig, SAMTrainer, SAMTrainingArguments
 
 NAME = "me/tiny-bert"
+LEFT_OUT = "--exclude 'checkpoint-*' --exclude '_*'"
 OPTIONS = {"sam_method": "asam", "sam_rho": 0.5, "sam_eta": 0.1, "sam_params": "encoder|classifier"}
 
 
@@ -219,6 +220,17 @@ def test_a_model_is_saved_when_its_repository_cannot_be_made(hub, tmp_path):
     assert f"hf upload {NAME} {tmp_path / 'out'} ." in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("private", [None, True, False])
+def test_the_command_for_a_failed_push_keeps_what_was_asked_for(hub, tmp_path, private):
+    trainer = pushing_trainer(tmp_path / "out", hub_private_repo=None if private else True)
+    hub.broken.add("commit")
+    with pytest.raises(HfHubHTTPError) as caught:
+        trainer.push_to_hub("A message", True, None, "main", private)
+    command = caught.value.__notes__[0].split("run: ")[1]
+    expected = f"hf upload {NAME} {tmp_path / 'out'} . {LEFT_OUT} --revision main"
+    assert command == expected + ("" if private is False else " --private")
+
+
 def test_a_save_that_fails_is_not_said_to_be_safe(hub, tmp_path, monkeypatch):
     trainer = pushing_trainer(tmp_path / "out")
     trainer.save_model(_internal_call=True)  # that one, the failed one may have overwritten
@@ -244,7 +256,7 @@ def test_training_goes_on_when_a_push_in_the_background_fails(hub, tmp_path, cap
     assert len(warnings) == 4 and all("\n" not in w and "500" in w for w in warnings)
     model, checkpoint = (w.split("run: ")[1] for w in warnings[2:])
     folder = tmp_path / "out"
-    assert model == f"hf upload {NAME} {folder} . --exclude 'checkpoint-*' --revision main"
+    assert model == f"hf upload {NAME} {folder} . {LEFT_OUT} --revision main"
     assert checkpoint == f"hf upload {NAME} {folder}/checkpoint-2 last-checkpoint --revision main"
     upload_again(hub, checkpoint, tmp_path)
     assert in_folder(hub.repositories[NAME], "last-checkpoint") == files(folder / "checkpoint-2")

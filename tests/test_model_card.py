@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
@@ -192,3 +193,41 @@ def test_only_the_first_process_writes_a_card(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
     trainer.create_model_card()
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_readme_that_saving_did_not_write_stays_as_it_is(tmp_path):
+    text = "# My project\n\nNotes.\n"
+    (tmp_path / "README.md").write_text(text)
+    trainer = bert_trainer(tmp_path, ASAM)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("card", [b"---\na: [\n---\n# x\n", "# naïve\n".encode("latin-1")])
+def test_a_card_that_cannot_be_read_is_left_with_a_warning(tmp_path, card, caplog):
+    trainer = bert_trainer(tmp_path, ASAM)
+    (tmp_path / "README.md").write_bytes(card)
+    with caplog.at_level(logging.WARNING, logger="sam_hf"):
+        trainer._sam_describe(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == card
+    assert "cannot be read as a model card" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md"}
+
+
+def test_a_plain_run_takes_the_section_of_an_earlier_one_out_of_the_card(tmp_path):
+    peft_trainer(tmp_path, ASAM | {"sam_params": "all"}).save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "asam" in card.data.tags and "sam_hf: begin" in card.content
+    tags = card.data.tags
+    peft_trainer(tmp_path, {"sam_rho": 0.0}).save_model()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == [t for t in tags if t not in ("asam", "sharpness-aware-minimization")]
+    assert "sam_hf" not in card.content and "Sharpness" not in card.content
+
+
+def test_a_line_break_or_a_bar_in_an_option_does_not_end_the_cell(tmp_path):
+    trainer = bert_trainer(tmp_path, ASAM | {"sam_params": "(?x) layer\n|classifier"})
+    trainer.create_model_card()
+    cells = tables((tmp_path / "README.md").read_text())
+    assert cells["sam_params"] == [r"(?x) layer \|classifier"]

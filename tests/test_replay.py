@@ -14,6 +14,10 @@ from transformers import BatchEncoding
 from sam_hf.replay import BufferGuard, RandomState, Tape, clone_inputs
 
 
+class Owner:
+    """Stands for the trainer whose calls are recorded."""
+
+
 def draw():
     return torch.rand(3).tolist(), random.random(), np.random.rand(2).tolist()
 
@@ -41,7 +45,7 @@ def test_recorded_inputs_are_out_of_reach_of_the_callee():
             return torch.ones(())
 
         tape = Tape([])
-        with tape.recording(callee, {}) as recorder:
+        with tape.recording(Owner(), callee, None) as recorder:
             recorder(inputs)
         (call,) = tape.take()
         kept = call.args[0]
@@ -59,9 +63,21 @@ def test_modules_and_other_objects_are_shared_and_not_copied():
     assert clone_inputs(leaf).requires_grad and clone_inputs(leaf).is_leaf
 
 
+def test_a_call_keeps_the_plain_attributes_that_it_found():
+    tape, owner = Tape([]), Owner()
+    with tape.recording(owner, torch.tensor, 7) as recorder:
+        owner.coefficient, owner.names = 0.5, ["a"]
+        recorder(1)
+        owner.coefficient = 0.75
+        recorder(2)
+    calls = tape.take()
+    assert [call.attributes for call in calls] == [{"coefficient": 0.5}, {"coefficient": 0.75}]
+    assert [call.num_items_in_batch for call in calls] == [7, 7]
+
+
 def test_a_call_without_gradients_is_not_recorded():
     tape = Tape([])
-    with tape.recording(torch.tensor, {}) as recorder:
+    with tape.recording(Owner(), torch.tensor, None) as recorder:
         with torch.no_grad():
             recorder(1)
         recorder(2)
@@ -70,11 +86,11 @@ def test_a_call_without_gradients_is_not_recorded():
 
 def test_the_calls_of_a_failed_block_are_forgotten_and_earlier_ones_kept():
     tape = Tape([])
-    with tape.recording(torch.tensor, {}) as recorder:
+    with tape.recording(Owner(), torch.tensor, None) as recorder:
         recorder(1)
     with (
         pytest.raises(KeyboardInterrupt),
-        tape.recording(torch.tensor, {}) as recorder,
+        tape.recording(Owner(), torch.tensor, None) as recorder,
     ):
         recorder(2)
         raise KeyboardInterrupt

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -102,9 +104,22 @@ class Owns:
 ADAM = torch.optim.Adam(nn.Linear(2, 2).parameters())
 
 
-@pytest.mark.parametrize("meter", [Average(), Accuracy()], ids=lambda m: type(m).__name__)
+class Confusion:
+    """A metric that counts in arrays, and knows where it will be written."""
+
+    def __init__(self):
+        self.matrix, self.path, self.device = np.zeros((2, 2)), Path("."), torch.device("cpu")
+        self.history = [self]  # and holds itself
+
+    def update(self):
+        self.matrix += 1
+
+
+@pytest.mark.parametrize(
+    "meter", [Average(), Accuracy(), Confusion()], ids=lambda m: type(m).__name__
+)
 def test_a_meter_counts_once(meter):
-    count = meter.update if isinstance(meter, Accuracy) else lambda: meter(2.0)
+    count = meter.update if hasattr(meter, "update") else lambda: meter(2.0)
     count()
     before = {k: repr(v) for k, v in (vars(meter) | dict(getattr(meter, "_buffers", {}))).items()}
     effects = SideEffects(Holder(meter))
@@ -127,6 +142,54 @@ def test_models_arguments_and_classes_are_not_entered(thing):
         effects.restore()
         assert thing.left_alone == 1
         del thing.left_alone
+
+
+def test_small_arrays_and_tensors_of_any_kind_come_back():
+    owner = Owner()
+    with torch.inference_mode():
+        owner.metric = torch.zeros(2)
+    owner.array, owner.resized = np.arange(3), torch.ones(2)
+    objects = dict(vars(owner))
+    effects = SideEffects(owner)
+    owner.array += 1
+    owner.resized.resize_(3)
+    with torch.inference_mode():
+        owner.metric += 1
+    effects.restore()
+    assert owner.array.tolist() == [0, 1, 2]
+    assert torch.equal(owner.resized, torch.ones(2)) and torch.equal(owner.metric, torch.zeros(2))
+    assert all(getattr(owner, name) is objects[name] for name in ("array", "resized", "metric"))
+
+
+def test_of_a_very_long_list_no_copy_is_made_and_what_was_appended_goes():
+    owner, length = Owner(), 70_000
+    owner.data = list(range(length))
+    effects = SideEffects(owner)
+    owner.data.append(1)
+    effects.restore()
+    assert len(owner.data) == length
+    assert not any(kept is not owner.data and len(kept) == length for kept in lists_in(effects))
+
+
+def lists_in(effects):
+    return [kept for _, kept in effects._contents if isinstance(kept, list)]
+
+
+def test_a_container_that_another_thread_writes_is_left_to_it(monkeypatch):
+    owner = Owner()
+    owner.queue = deque([1])
+
+    def copied(value):
+        if value is owner.queue:
+            raise RuntimeError("deque mutated during iteration")
+        return value.copy()
+
+    monkeypatch.setattr("sam_hf.side_effects.copy.copy", copied)
+    effects = SideEffects(owner)
+    owner.queue.append(2)
+    owner.metrics["eval"]["x"] = 1
+    effects.restore()
+    assert list(owner.queue) == [1, 2] and owner.metrics["eval"] == {}
 
 
 def test_a_container_that_nothing_was_done_to_is_not_written():

@@ -1,14 +1,8 @@
-"""TRL's trainers with SAM: the plain trainer beside them, float64 twins, and nothing counted twice.
-
-The twins are written from the papers that the trainers implement, on the inputs that the plain
-trainer computed its first loss from.
-"""
+"""TRL's trainers with SAM, the plain trainer beside them: nothing is counted or adapted twice."""
 
 from __future__ import annotations
 
-import copy
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -17,25 +11,26 @@ pytest.importorskip("trl")
 
 import torch
 from inspection import snapshot
-from reference_sam import sam_step
-from text_trainers import TRL, build, digits, language_model, prompts, sentences, tokenizer
+from text_trainers import (
+    TRL,
+    Row,
+    build,
+    digits,
+    language_model,
+    prompts,
+    run,
+    sentences,
+    tokenizer,
+)
 from tiny import arguments, assert_same_bits, weights
-from torch import Tensor
-from torch.func import functional_call
-from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from sam_hf import SAMConfig, SAMTrainerMixin, SAMTrainingArguments, with_sam
 
 RHO = 0.3
 ROWS = pytest.mark.parametrize("row", TRL.values(), ids=TRL)
-
-
-def run(trainer: Any) -> None:
-    torch.manual_seed(0)  # samples are drawn
-    trainer.train()
 
 
 def logs(trainer: Any) -> list[dict[str, float]]:
@@ -97,166 +92,6 @@ def test_the_second_pass_leaves_the_trainer_as_it_found_it(row, monkeypatch):
     ), compared
 
 
-# ---- One update, from the papers ---------------------------------------------------------------
-
-
-@dataclass
-class Twin:
-    """A float64 copy of the model, and the reference where there is one."""
-
-    model: Any
-    names: list[str]
-    reference: Any = None
-
-    def logits(self, w: list[Tensor], **inputs: Tensor) -> Tensor:
-        named = dict(zip(self.names, w, strict=True))
-        return functional_call(self.model, named, kwargs=inputs).logits
-
-    def logps(self, w: list[Tensor] | None, ids: Tensor, mask: Tensor) -> Tensor:
-        """log pi(token | those before it), from the second token on; of the reference for None."""
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        logits = self.reference(**inputs).logits if w is None else self.logits(w, **inputs)
-        return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-
-
-def sft(twin, w, x, n):
-    """Cross-entropy, a mean over the tokens of the update."""
-    counted = x["labels"][:, 1:] != -100
-    return -(twin.logps(w, x["input_ids"], x["attention_mask"]) * counted).sum() / n
-
-
-def dpo(twin, w, x, n, beta=0.1):
-    """Rafailov et al., arXiv 2305.18290, eq. 7."""
-    count = x["completion_mask"][:, 1:]
-    ratios = [
-        (twin.logps(p, x["input_ids"], x["attention_mask"]) * count).sum(-1) for p in (w, None)
-    ]
-    chosen, rejected = (ratios[0] - ratios[1]).chunk(2)
-    return -logsigmoid(beta * (chosen - rejected)).mean()
-
-
-def reward(twin, w, x, n):
-    """Bradley and Terry: -log sigmoid(r_chosen - r_rejected)."""
-    scores = twin.logits(w, input_ids=x["input_ids"], attention_mask=x["attention_mask"])
-    chosen, rejected = scores[:, 0].chunk(2)
-    return -logsigmoid(chosen - rejected).mean()
-
-
-def kto(twin, w, x, n, beta=0.1):
-    """Ethayarajh et al., arXiv 2402.01306, eq. 8; the reference point has no gradient."""
-
-    def ratio(part):
-        ids, mask = x[f"{part}input_ids"], x[f"{part}attention_mask"]
-        count = x[f"{part}completion_mask"][:, 1:]
-        ours, theirs = (twin.logps(p, ids, mask) for p in (w, None))
-        return ((ours - theirs) * count).sum(-1)
-
-    z = ratio("KL_").mean().clamp(min=0).detach()
-    sign = torch.where(torch.as_tensor(x["label"]), 1.0, -1.0).double()
-    return (1 - torch.sigmoid(beta * sign * (ratio("") - z))).mean()
-
-
-def completion_logps(twin, w, x):
-    ids = torch.cat([x["prompt_ids"], x["completion_ids"]], 1)
-    mask = torch.cat([x["prompt_mask"], x["completion_mask"]], 1)
-    return twin.logps(w, ids, mask)[:, -x["completion_ids"].shape[1] :]
-
-
-def clipped(ratio, advantages, epsilon=0.2):
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - epsilon, 1 + epsilon) * advantages)
-
-
-def rloo(twin, w, x, n):
-    """Ahmadian et al., arXiv 2402.14740, with PPO's clipped ratio of whole completions."""
-    logp = (completion_logps(twin, w, x) * x["completion_mask"]).sum(-1)
-    return -clipped((logp - x["old_logps"]).exp(), x["advantages"]).mean()
-
-
-def grpo(twin, w, x, n, per_sequence=False):
-    """Shao et al., arXiv 2402.03300, eq. 3 without the KL term; DAPO divides by the tokens.
-
-    The policy in the denominator drew the samples: that of TRL's rollout, or of w0.
-    """
-    mask = x["completion_mask"]
-    old = x.get("old_per_token_logps")
-    if old is None:
-        w0 = [twin.model.get_parameter(name) for name in twin.names]
-        old = completion_logps(twin, w0, x).detach()
-    ratio = (completion_logps(twin, w, x) - old).exp()
-    gain = clipped(ratio, x["advantages"][:, None]) * mask
-    if per_sequence:
-        return -(gain.sum(-1) / mask.sum(-1)).mean() / 2
-    return -gain.sum() / x["num_items_in_batch"]
-
-
-def grpo_per_sequence(twin, w, x, n):
-    return grpo(twin, w, x, n, per_sequence=True)
-
-
-# Each loss, and what Trainer divides it by: 1 where it is normalised over the update already.
-TWINS = {
-    "sft": (sft, 1),
-    "sft_packed": (sft, 1),
-    "dpo": (dpo, 2),
-    "reward": (reward, 2),
-    "kto": (kto, 2),
-    "rloo": (rloo, 2),
-    "grpo": (grpo, 1),
-    "grpo_off_policy": (grpo_per_sequence, 1),
-}
-
-
-def double(x: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in x.items()
-    }
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_one_update_is_that_of_the_twin(name):
-    row, (loss, divisor) = TRL[name], TWINS[name]
-    calls: list[tuple[dict[str, Any], Any]] = []
-
-    plain = build(row, max_steps=1)
-    compute = plain.compute_loss
-
-    def recorded(model, inputs, *args, num_items_in_batch=None, **kwargs):
-        calls.append((double(copy.deepcopy(inputs)), num_items_in_batch))
-        return compute(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
-
-    plain.compute_loss = recorded
-    run(plain)
-
-    model = language_model(row.model).double()
-    reference = row.kwargs().get("ref_model")
-    twin = Twin(model, [n for n, _ in model.named_parameters()], reference and reference.double())
-    w = [p.detach().clone() for p in model.parameters()]
-    shares = [
-        lambda w, x=x, n=n: loss(twin, w, x, None if n is None else n.double()) / divisor
-        for x, n in calls
-    ]
-    g_s, [readings] = sam_step(w, shares, RHO)
-    plain_loss = plain.state.log_history[0]["loss"]
-    assert math.isclose(readings.loss, plain_loss, rel_tol=1e-5, abs_tol=1e-6)
-
-    sam = build(row, {"sam_rho": RHO}, max_steps=1)
-    run(sam)
-    first = sam.state.log_history[0]
-    # TRL's trainers may leave out a token of padding or two in float32: the update is the measure.
-    expected = {n: w_i - 0.1 * g for n, w_i, g in zip(twin.names, w, g_s, strict=True)}
-    step = torch.cat([(expected[n] - w_i).flatten() for n, w_i in zip(twin.names, w, strict=True)])
-    actual = {n: p.detach().double() for n, p in sam.model.named_parameters()}
-    wrong = torch.cat([(actual[n] - expected[n]).flatten() for n in twin.names])
-    plain_w = {n: p.detach().double() for n, p in plain.model.named_parameters()}
-    without = torch.cat([(plain_w[n] - expected[n]).flatten() for n in twin.names])
-    assert wrong.norm() < 1e-4 * step.norm()
-    assert without.norm() > 1e-2 * step.norm()  # the plain update is another one
-    assert_close(first["sam_sharpness"], readings.sharpness, rtol=1e-3, atol=1e-6)
-    assert abs(readings.sharpness) > 1e-4
-    assert_close(first["sam_grad_cosine"], readings.cosine, rtol=1e-3, atol=0)
-
-
 # ---- Ways to write it --------------------------------------------------------------------------
 
 
@@ -302,25 +137,75 @@ def test_arguments_that_trl_would_take_apart_are_refused_in_one_line():
         )
 
 
-def test_the_same_dropout_masks_and_checkpointed_activations_in_both_passes():
-    row, options = TRL["sft"], {"sam_rho": 1e-12}  # e of 0, all but
-    updates = []
-    for checkpointing in (False, True):
-        plain, sam = (
-            build(
-                row,
-                sam,
-                language_model(dropout=0.3),
-                gradient_checkpointing=checkpointing,
-                max_steps=2,
+# ---- What both passes compute is one function --------------------------------------------------
+
+
+def assert_no_e_is_the_plain_update(row: Row, scope: str = "batch", **args: Any) -> None:
+    """With an e of almost nothing, the second pass must give the gradient of the first."""
+    plain, sam = (
+        build(row, options, language_model(row.model, dropout=0.1), max_steps=2, **args)
+        for options in (None, {"sam_rho": 1e-9, "sam_scope": scope})
+    )
+    run(plain)
+    run(sam)
+    for name, p in plain.model.named_parameters():
+        assert_close(sam.model.get_parameter(name), p, rtol=1e-4, atol=1e-5)
+
+
+@ROWS
+def test_without_an_e_the_update_is_the_plain_one_dropout_and_coefficients_included(row):
+    assert_no_e_is_the_plain_update(row)
+
+
+def test_coefficients_that_adapt_are_those_of_the_first_pass_in_each_micro_batch():
+    assert_no_e_is_the_plain_update(TRL["grpo_adaptive"], scope="micro_batch")
+
+
+def test_activations_may_be_checkpointed():
+    assert_no_e_is_the_plain_update(TRL["sft"], gradient_checkpointing=True)
+
+
+def test_a_frozen_model_that_is_scored_first_is_not_taken_for_the_policy():
+    class Regularised(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            names = ("prompt", "completion")
+            ids, mask = (
+                torch.cat([inputs[f"{name}_{part}"] for name in names], 1)
+                for part in ("ids", "mask")
             )
-            for sam in (None, options)
-        )
-        for trainer in (plain, sam):
-            run(trainer)
-        assert_close(dict(sam.model.named_parameters()), dict(plain.model.named_parameters()))
-        updates.append(weights(sam.model))
-    assert_close(updates[0], updates[1])
+            length = inputs["completion_ids"].shape[1]
+            self._get_per_token_logps_and_entropies(self.frozen, ids, mask, length)
+            return super()._compute_loss(model, inputs)
+
+    row, actual = TRL["grpo"], []
+    for trainer_class in (GRPOTrainer, Regularised):
+        trainer = build(replace(row, trainer=trainer_class), {"sam_rho": RHO}, max_steps=1)
+        other = build(row, model=language_model(seed=1)).model
+        trainer.frozen = other.requires_grad_(False)
+        run(trainer)
+        actual.append(weights(trainer.model))
+    assert_close(actual[1], actual[0], rtol=0, atol=0)
+
+
+def test_both_passes_run_in_the_context_that_offloads_activations():
+    class Context:
+        depth, passes = 0, 0
+
+        def __enter__(self):
+            Context.depth += 1
+
+        def __exit__(self, *_):
+            Context.depth -= 1
+
+    class Watched(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            Context.passes += Context.depth
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = build(replace(TRL["sft"], trainer=Watched), {"sam_rho": RHO}, max_steps=1)
+    trainer.maybe_activation_offload_context = Context()
+    run(trainer)
+    assert Context.passes == 2 * 2 and Context.depth == 0
 
 
 # ---- Refused -----------------------------------------------------------------------------------

@@ -175,3 +175,8 @@ def build(row: Row, sam: dict[str, Any] | None = None, model: nn.Module | None =
         processing_class=tokenizer(),
         **kwargs,
     )
+
+
+def run(trainer: Any) -> None:
+    torch.manual_seed(0)  # samples are drawn
+    trainer.train()
