@@ -41,6 +41,13 @@ def run_script(main: Callable[[list[str] | None], Any], argv: list[str] | None =
         sys.exit(130)
 
 
+def leave_for_missing_package(error: ImportError, extra: str) -> NoReturn:
+    """End the script in one line because a package of one of sam_hf's extras is not there."""
+    name = Path(sys.argv[0]).name
+    print(f"{name}: error: {error}; pip install 'sam-hf[{extra}]'", file=sys.stderr)
+    sys.exit(2)
+
+
 class OptionParser(HfArgumentParser):
     """`HfArgumentParser` that takes a YAML file first, and options after it, which win.
 
@@ -170,13 +177,13 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise InputError("--do_predict has no effect: the final model is always evaluated")
     if args.prediction_loss_only or args.batch_eval_metrics:
         name = "prediction_loss_only" if args.prediction_loss_only else "batch_eval_metrics"
-        raise InputError(f"--{name} is not supported: the accuracy needs all predictions at once")
+        raise InputError(f"--{name} is not supported: the metric needs all predictions at once")
     scheduler = SchedulerType(args.lr_scheduler_type).value
     if args.load_best_model_at_end or scheduler in ("reduce_lr_on_plateau", "greedy"):
         is_best = args.load_best_model_at_end
         option = "load_best_model_at_end" if is_best else f"lr_scheduler_type {scheduler}"
         raise InputError(
-            f"--{option} would choose the model on the data that its accuracy is reported on: the "
+            f"--{option} would choose the model on the data that its score is reported on: the "
             "result is always that of the final model"
         )
 

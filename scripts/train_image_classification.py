@@ -12,31 +12,23 @@ The options may come from a YAML file, from the command line, or from both: the 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
+from classification import run_classification
+from experiment import (
+    build_trainer,
+    class_labels,
+    load_classifier,
+    load_pretrained,
+    prepare,
+)
 from image_arguments import DataArguments, ModelArguments, TrainArguments
-from image_data import ImageData, ImageTensors, load_image_data
-from script_utils import (
-    InputError,
-    OptionParser,
-    check_training_arguments,
-    checkpoint_to_resume,
-    run_script,
-)
-from training_utils import (
-    Run,
-    format_runs,
-    load_checkpoint_weights,
-    load_metric,
-    plot_curves,
-    save_json,
-    train,
-)
+from image_data import ImageData, ImageTensors, LabeledImages, load_image_data
+from script_utils import InputError, OptionParser, run_script
+from shared_arguments import require_multiple
+from training_utils import Run, load_metric
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -52,53 +44,39 @@ from sam_hf import SAMTrainer
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
-    """Parse the options, build data, model and trainer, train, evaluate, compare, push."""
+    """Parse the options, build data, model and trainer, search, train, compare, push."""
     parser = OptionParser((DataArguments, ModelArguments, TrainArguments), __doc__)
     data_args, model_args, training_args = parser.parse(argv)
-    check_training_arguments(training_args)
-    resume_from = checkpoint_to_resume(training_args)
-    if training_args.torch_num_threads is not None:
-        torch.set_num_threads(training_args.torch_num_threads)
+    resume_from = prepare(training_args)
 
     data = load_image_data(data_args)
     set_seed(training_args.seed)
     model, processor = build_model(model_args, data)
     mode = "L" if model.config.num_channels == 1 else "RGB"
-    common: dict[str, Any] = {
-        "train_dataset": ImageTensors(data.train, processor, mode, data_args.augment),
-        "eval_dataset": ImageTensors(data.test, processor, mode),
-        "processing_class": processor,
-        "compute_metrics": compute_accuracy(),
-    }
-    initial_model = copy.deepcopy(model) if training_args.compare_with_plain else None
-    if resume_from is not None:
-        load_checkpoint_weights(model, resume_from)
-    trainer = build_trainer(model, training_args, common)
-    if trainer.is_world_process_zero():
-        print(
-            f"{data.describe()}\n{model.config.model_type}: {model.num_parameters():,} parameters"
+
+    compute_metrics = compute_accuracy()
+
+    def trainer_on(train: LabeledImages, test: LabeledImages) -> Callable[..., SAMTrainer]:
+        return partial(
+            build_trainer,
+            SAMTrainer,
+            train_dataset=ImageTensors(train, processor, mode, data_args.augment),
+            eval_dataset=ImageTensors(test, processor, mode),
+            processing_class=processor,
+            compute_metrics=compute_metrics,
         )
 
-    runs = [train(trainer, method_name(training_args), resume_from)]
-    trainer.save_model()
-    if initial_model is not None:
-        plain_args = plain_arguments(training_args, runs[0], trainer.state.global_step)
-        plain_trainer = build_trainer(initial_model, plain_args, common)
-        runs.append(train(plain_trainer, method_name(plain_args)))
-
-    if trainer.is_world_process_zero():
-        save_results(runs, data, data_args, model_args, training_args)
-    card: dict[str, Any] = {
-        "tasks": "image-classification",
-        "tags": ["image-classification", "sam_hf"],
-        "dataset": data.name,
-        "dataset_tags": data_args.hub_dataset,
-    }
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
-        trainer.create_model_card(**card)
-    return runs
+    return run_classification(
+        trainer_on,
+        model,
+        data,
+        data_args,
+        model_args,
+        training_args,
+        resume_from,
+        task="image-classification",
+        saved="model, image processor",
+    )
 
 
 def build_model(args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel, Any]:
@@ -107,30 +85,11 @@ def build_model(args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel,
     Raises:
         InputError: there is no such model, or the sizes do not fit together.
     """
-    labels = {
-        "id2label": dict(enumerate(data.class_names)),
-        "label2id": {name: i for i, name in enumerate(data.class_names)},
-    }
+    labels = class_labels(data.class_names)
     if args.model_name_or_path is not None:
-        try:
-            # Pillow's processors are the same on every machine; torchvision need not be there.
-            # fp32, whatever the checkpoint is stored in: bf16 weights swallow the perturbation.
-            processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, backend="pil")
-            model = AutoModelForImageClassification.from_pretrained(
-                args.model_name_or_path,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-                **labels,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            reason: object = error
-            if "ignore_mismatched_sizes" in str(error):
-                reason = f"no head for {len(labels['id2label'])} classes; see the report above. "
-                reason += "--ignore_mismatched_sizes gives it a new one"
-            raise InputError(
-                f"--model_name_or_path {args.model_name_or_path!r}: {reason}"
-            ) from error
-        return model, processor
+        model = load_classifier(AutoModelForImageClassification, args, **labels)
+        # Pillow's processors are the same on every machine; torchvision need not be there.
+        return model, load_pretrained(AutoImageProcessor, args, backend="pil")
 
     width, height = data.train.image(0).size
     if args.image_size is None and width != height:
@@ -139,21 +98,9 @@ def build_model(args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel,
         )
     image_size = args.image_size or width
     patch_size = args.patch_size or max(1, image_size // 4)
-    hidden_size, heads = args.hidden_size or 64, args.num_attention_heads or 4
-    for name, size, part, parts in (
-        ("image_size", image_size, patch_size, "patch_size"),
-        ("hidden_size", hidden_size, heads, "num_attention_heads"),
-    ):
-        if size % part:  # the model would silently leave out the rest
-            raise InputError(f"--{name} {size} must be a multiple of --{parts}, which is {part}")
+    require_multiple("image_size", image_size, "patch_size", patch_size)
     config = ViTConfig(
-        image_size=image_size,
-        patch_size=patch_size,
-        hidden_size=hidden_size,
-        num_hidden_layers=args.num_hidden_layers or 4,
-        num_attention_heads=heads,
-        intermediate_size=args.intermediate_size or 2 * hidden_size,
-        **labels,
+        image_size=image_size, patch_size=patch_size, **args.encoder_sizes(), **labels
     )
     model = ViTForImageClassification(config)
     # A folder's name instead of none at all: the model card then says "trained from scratch".
@@ -167,73 +114,16 @@ def build_model(args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel,
     return model, processor
 
 
-def build_trainer(
-    model: PreTrainedModel, args: TrainArguments, common: dict[str, Any]
-) -> SAMTrainer:
-    """The trainer. It makes the Hub's repository too, if it is to push.
-
-    Raises:
-        InputError: an option needs something that is not there: a package, a login, a connection.
-    """
-    try:
-        return SAMTrainer(model=model, args=args, **common)
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise InputError(error) from error
-    except Exception as error:  # the Hub's client has no base class for what may go wrong
-        if not args.push_to_hub:
-            raise
-        raise InputError(f"--push_to_hub: no repository can be made: {error}") from error
-
-
 def compute_accuracy() -> Callable[[EvalPrediction], dict[str, float]]:
-    metric = load_metric("accuracy")
-    return lambda prediction: metric.compute(
-        predictions=prediction.predictions.argmax(-1), references=prediction.label_ids
-    )
+    metric = load_metric("classification", "single_label_classification")
 
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        scores = metric.compute(
+            predictions=prediction.predictions.argmax(-1), references=prediction.label_ids
+        )
+        return {"accuracy": scores["accuracy"]}
 
-def method_name(args: TrainArguments) -> str:
-    """'ASAM (rho 2)', or the optimizer's name where SAM is off."""
-    if args.sam_rho > 0:
-        return f"{args.sam_method.upper()} (rho {args.sam_rho:g})"
-    family = args.optim.value.split("_")[0]
-    return {"adamw": "AdamW", "sgd": "SGD"}.get(family, family)
-
-
-def plain_arguments(args: TrainArguments, sam: Run, sam_steps: int) -> TrainArguments:
-    """The same training without SAM, lengthened until it has computed as much."""
-    return dataclasses.replace(
-        args,
-        compare_with_plain=False,
-        sam_rho=0.0,
-        max_steps=round(sam_steps * sam.passes / sam.epochs),
-        output_dir=str(Path(args.output_dir) / "plain"),
-        save_strategy="no",
-        push_to_hub=False,
-        resume_from_checkpoint=None,
-    )
-
-
-def save_results(
-    runs: list[Run],
-    data: ImageData,
-    data_args: DataArguments,
-    model_args: ModelArguments,
-    training_args: TrainArguments,
-) -> None:
-    """Print the accuracies; save them with the settings and the picture of the curves."""
-    folder = Path(training_args.output_dir)
-    results = {
-        "data": data.describe(),
-        "runs": [dataclasses.asdict(r) for r in runs],
-        "data_arguments": dataclasses.asdict(data_args),
-        "model_arguments": dataclasses.asdict(model_args),
-        "training_arguments": training_args.to_dict(),
-    }
-    save_json(results, folder / "results.json")
-    plot_curves(runs, f"{data.title}: test accuracy against compute", folder / "curves.png")
-    print(f"\n{data.title}, final models (pass: one forward and backward over the training set)")
-    print(f"{format_runs(runs)}\nsaved in {folder}: model, image processor, results, curves.png")
+    return compute
 
 
 if __name__ == "__main__":

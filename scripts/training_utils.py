@@ -1,4 +1,4 @@
-"""What the training scripts share: metric, progress bar, compute, result and curves."""
+"""What the training scripts measure and show: metric, progress bar, compute, result, curves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from transformers.trainer_callback import ProgressCallback
 METRICS = Path(__file__).parent / "metrics"
 
 
-def load_metric(name: str) -> evaluate.EvaluationModule:
-    """The metric in scripts/metrics/<name>, loaded by `evaluate` without a connection."""
+def load_metric(name: str, config_name: str) -> evaluate.EvaluationModule:
+    """The metric in scripts/metrics/<name>, loaded by `evaluate` without a connection.
+
+    Args:
+        config_name: which of the module's configurations.
+    """
     # In memory: two runs at once do not wait for each other's cache file.
-    options: dict[str, Any] = {"path": str(METRICS / name), "keep_in_memory": True}
+    options: dict[str, Any] = {
+        "path": str(METRICS / name),
+        "config_name": config_name,
+        "keep_in_memory": True,
+    }
     try:
         return evaluate.load(**options)
     except OSError:  # the cache of Hugging Face, to which the module is copied, cannot be written
@@ -36,6 +44,8 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
     versions. `from_pretrained` knows both; the Trainer takes those that it finds, and would go on
     with untrained layers.
     """
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        return  # the Trainer loads adapters as they are
     saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     # The Trainer still says which names it did not find.
@@ -45,11 +55,15 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
 
 
 class QuietProgressBar(ProgressCallback):
-    """The Trainer's bar, with the newest loss and accuracy on it instead of a line per log."""
+    """The Trainer's bar, with the newest loss and score on it instead of a line per log."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, metric: str = "accuracy") -> None:
         super().__init__()
         self._name = name
+        self._formats = {
+            "loss": "loss {:.2f}",
+            f"eval_{metric}": f"test {in_words(metric)} {{:.3f}}",
+        }
         self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -59,8 +73,8 @@ class QuietProgressBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            formats = {"loss": "loss {:.2f}", "eval_accuracy": "test acc {:.3f}"}
-            self._shown.update((k, formats[k].format(v)) for k, v in logs.items() if k in formats)
+            known = logs.keys() & self._formats.keys()
+            self._shown.update((key, self._formats[key].format(logs[key])) for key in known)
             self.training_bar.set_postfix_str(", ".join(self._shown.values()))
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
@@ -87,7 +101,7 @@ class ComputeMeter(TrainerCallback):
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._processes = args.world_size
         self.computed = self.drawn = 0
-        counted = [entry for entry in state.log_history if "examples_computed" in entry]
+        counted = [entry for entry in state.log_history if entry.get("examples_computed")]
         if counted:  # the run resumes, from a step at or a little after the last log
             since_then = state.global_step / counted[-1]["step"]
             self.computed = round(counted[-1]["examples_computed"] * since_then)
@@ -122,16 +136,44 @@ class Run:
     name: str
     epochs: float
     passes: float  # forward-backward passes over the training set
-    accuracy: float  # of the final model
+    scores: dict[str, float]  # of the final model on the test data; the first is what counts
     seconds: float
-    curve: list[tuple[float, float]]  # passes so far, test accuracy
+    curve: list[tuple[float, float]]  # passes so far, the score that counts
+
+    @property
+    def metric(self) -> str:
+        return next(iter(self.scores))
+
+    @property
+    def score(self) -> float:
+        return self.scores[self.metric]
 
 
-def train(trainer: Trainer, name: str, resume_from: str | None = None) -> Run:
-    """Train, evaluate the final model and save the metrics of both in the output folder."""
+def in_words(metric: str) -> str:
+    """The metric's name as it stands on tables and axes."""
+    return metric.replace("_", " ")
+
+
+def show_quiet_bar(trainer: Trainer, name: str, metric: str) -> None:
+    """Put our bar in the place of the Trainer's, unless --disable_tqdm took that away."""
     if any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(QuietProgressBar(name))
+        trainer.add_callback(QuietProgressBar(name, metric))
+
+
+def train(
+    trainer: Trainer,
+    name: str,
+    resume_from: str | None = None,
+    metrics: Sequence[str] = ("accuracy",),
+) -> Run:
+    """Train, evaluate the final model and save the metrics of both in the output folder.
+
+    Args:
+        metrics: those that the table shows, as the trainer names them but without `eval_`. The
+            first is that of the curve.
+    """
+    show_quiet_bar(trainer, name, metrics[0])
     meter = ComputeMeter()
     trainer.add_callback(meter)
     training = trainer.train(resume_from_checkpoint=resume_from).metrics
@@ -139,17 +181,20 @@ def train(trainer: Trainer, name: str, resume_from: str | None = None) -> Run:
     trainer.save_metrics("train", training)
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()
-    examples = len(trainer.train_dataset)
+    # By the Trainer's own count of epochs: a collator may have made one example of several.
+    epochs = trainer.state.epoch
+    examples = meter.drawn / epochs
+    key = f"eval_{metrics[0]}"
     curve = {  # a dict: the last evaluation of the training and the one after it are the same
-        entry["examples_computed"] / examples: entry["eval_accuracy"]
+        entry["examples_computed"] / examples: entry[key]
         for entry in trainer.state.log_history
-        if "eval_accuracy" in entry
+        if key in entry
     }
     return Run(
         name=name,
-        epochs=meter.drawn / examples,
+        epochs=epochs,
         passes=meter.computed / examples,
-        accuracy=evaluation["eval_accuracy"],
+        scores={metric: evaluation[f"eval_{metric}"] for metric in metrics},
         seconds=training["train_runtime"],
         curve=sorted(curve.items()),
     )
@@ -158,19 +203,19 @@ def train(trainer: Trainer, name: str, resume_from: str | None = None) -> Run:
 def format_runs(runs: Sequence[Run]) -> str:
     """The runs as a small table, one line each."""
     width = max(len(run.name) for run in runs)
-    header = f"  {'':<{width}}  epochs  passes  seconds  test accuracy"
-    return "\n".join(
-        [header]
-        + [
+    titles = [f"test {in_words(metric)}" for metric in runs[0].scores]
+    lines = ["  ".join([f"  {'':<{width}}  epochs  passes  seconds", *titles])]
+    for run in runs:
+        values = zip(titles, run.scores.values(), strict=True)
+        lines.append(
             f"  {run.name:<{width}}  {round(run.epochs, 2):>6g}  {round(run.passes, 2):>6g}"
-            f"  {run.seconds:>7.0f}  {run.accuracy:>13.4f}"
-            for run in runs
-        ]
-    )
+            f"  {run.seconds:>7.0f}  " + "  ".join(f"{v:>{len(title)}.4f}" for title, v in values)
+        )
+    return "\n".join(lines)
 
 
 def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
-    """Save a picture of test accuracy against compute, one curve a run."""
+    """Save a picture of the score on the test data against compute, one curve a run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -179,14 +224,15 @@ def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     # Two colours of Okabe and Ito that colour-blind readers tell apart; the dashes help in print.
     for run, (color, dashes) in zip(runs, (("#0072B2", "-"), ("#D55E00", "--")), strict=False):
-        label = f"{run.name}: {run.accuracy:.3f}"
+        label = f"{run.name}: {run.score:.3f}"
         axes.plot(*zip(*run.curve, strict=True), dashes, color=color, label=label)
-        axes.plot(run.passes, run.accuracy, "o", color=color)
-    axes.set(title=title, ylabel="Test accuracy")
+        axes.plot(run.passes, run.score, "o", color=color)
+    metric = in_words(runs[0].metric)
+    axes.set(title=title, ylabel=f"Test {metric}")
     axes.set_xlabel("Compute (forward-backward passes over the training set)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="Final test accuracy", loc="best")
+    axes.legend(title=f"Final test {metric}", loc="best")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

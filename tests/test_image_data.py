@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import image_data
 from image_arguments import DataArguments
-from image_data import ImageTensors, add_symmetric_noise, load_image_data, random_crop_and_flip
+from image_data import ImageTensors, load_image_data, random_crop_and_flip
+from labeled_data import add_symmetric_noise
 from script_utils import InputError
 
 

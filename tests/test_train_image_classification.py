@@ -19,10 +19,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from experiment import method_name
 from image_arguments import DataArguments, ModelArguments, TrainArguments
 from image_data import load_image_data
 from script_utils import InputError, OptionParser, run_script
-from train_image_classification import main, method_name
+from train_image_classification import main
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_image_classification.py"
@@ -64,13 +65,13 @@ def test_the_digits_job_saves_model_processor_metrics_and_picture(tmp_path, caps
         assert picture.width > 600
     results = json.loads((tmp_path / "results.json").read_text())
     saved = json.loads((tmp_path / "all_results.json").read_text())
-    assert results["runs"][0]["accuracy"] == saved["eval_accuracy"] == runs[0].accuracy
+    assert results["runs"][0]["accuracy"] == saved["eval_accuracy"] == runs[0].score
     assert results["data_arguments"]["label_noise"] == 0.5
     assert results["training_arguments"]["sam_rho"] == 0.1
     output = capsys.readouterr().out
     assert "32 training labels are wrong" in output
     for r in runs:
-        assert f"{r.accuracy:.4f}\n" in output
+        assert f"{r.score:.4f}\n" in output
     assert [r.name for r in runs] == ["SAM (rho 0.1)", "AdamW"]
 
 
@@ -115,7 +116,7 @@ def test_the_saved_model_and_processor_give_the_reported_accuracy_and_serve_a_pi
     images = [test.image(i) for i in range(len(test))]
     with torch.no_grad():
         logits = model(**processor(images, return_tensors="pt")).logits
-    assert (logits.argmax(-1).numpy() == test.labels).mean() == result.accuracy
+    assert (logits.argmax(-1).numpy() == test.labels).mean() == result.score
     assert len(logits.argmax(-1).unique()) > 2  # a constant prediction would prove little
     label = pipeline("image-classification", model=str(tmp_path))(images[0], top_k=1)[0]["label"]
     assert label == str(logits[0].argmax().item())
@@ -170,11 +171,11 @@ def test_an_image_folder_trains_and_a_pretrained_model_goes_on_from_there(tmp_pa
     model = AutoModelForImageClassification.from_pretrained(first)
     assert model.config.id2label == {0: "cat", 1: "dog"}
     assert model.config.image_size == 12  # of the first image
-    assert 0 <= result.accuracy <= 1
+    assert 0 <= result.score <= 1
 
     options = f"--model_name_or_path {first} --use_cpu --learning_rate 0 --max_steps 1"
     (again,) = run(tmp_path / "again", f"{options} --train_dir {folder} --eval_fraction 0.34")
-    assert again.accuracy == result.accuracy  # learning rate 0: the pretrained weights were used
+    assert again.score == result.score  # learning rate 0: the pretrained weights were used
 
     three = write_folder(tmp_path / "three", ("cat", "dog", "cow"))
     with pytest.raises(InputError, match=r"--ignore_mismatched_sizes"):
@@ -255,7 +256,9 @@ def test_the_script_runs_as_a_program_from_any_folder_and_leaves_with_its_exit_c
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
+    # Above it stands what bitsandbytes, where it is installed, prints when it is imported.
+    assert "Traceback" not in done.stderr
+    assert done.stderr.endswith(
         "train_image_classification.py: error: key.yaml: unknown key 'sam_roh' "
         "(did you mean sam_rho?)\n"
     )

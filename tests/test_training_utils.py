@@ -30,10 +30,10 @@ def _own_cache(tmp_path, monkeypatch):
 def test_the_metric_agrees_with_scikit_learn_and_writes_no_data_file(tmp_path):
     random = np.random.default_rng(0)
     predictions, references = random.integers(0, 5, (2, 101))
-    metric = load_metric("accuracy")
+    metric = load_metric("classification", "single_label_classification")
     for _ in range(2):  # it may be used again
         result = metric.compute(predictions=predictions, references=references)
-        assert result == {"accuracy": accuracy_score(references, predictions)}
+        assert result["accuracy"] == accuracy_score(references, predictions)
     # Files would be locked: two runs at once would wait for each other.
     assert not [file for file in (tmp_path / "metrics").rglob("*") if file.is_file()]
 
@@ -43,8 +43,8 @@ def test_the_metric_needs_no_cache_that_can_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "file" / "modules")
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "file" / "metrics")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    metric = load_metric("accuracy")
-    assert metric.compute(predictions=[1, 0], references=[1, 1]) == {"accuracy": 0.5}
+    metric = load_metric("classification", "single_label_classification")
+    assert metric.compute(predictions=[1, 0], references=[1, 1])["accuracy"] == 0.5
 
 
 class Images(torch.utils.data.Dataset):
@@ -104,8 +104,16 @@ def test_each_forward_backward_pass_over_the_training_data_is_counted_once(
     run = train(tiny_trainer(tmp_path, sam, **options), "x")
     assert run.epochs == 2.0
     assert run.passes == passes
-    assert run.curve[-1] == (passes, run.accuracy)
+    assert run.curve[-1] == (passes, run.score)
     assert len(run.curve) == 2  # one point per evaluation, the last one once
+
+
+def test_the_first_metric_is_the_one_that_counts(tmp_path):
+    run = train(tiny_trainer(tmp_path), "x", metrics=("loss", "accuracy"))
+    assert list(run.scores) == ["loss", "accuracy"]
+    assert run.scores["loss"] != run.scores["accuracy"]
+    assert (run.metric, run.score) == ("loss", run.scores["loss"])
+    assert run.curve[-1] == (4.0, run.score)
 
 
 def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(tmp_path):
@@ -116,7 +124,7 @@ def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(tmp_path):
     )
     assert (resumed.epochs, resumed.passes) == (whole.epochs, whole.passes) == (2.0, 3.0)
     assert resumed.curve == whole.curve
-    assert resumed.accuracy == whole.accuracy
+    assert resumed.score == whole.score
 
 
 def test_metrics_and_state_are_saved_and_the_bar_replaces_the_lines(tmp_path, capsys):
@@ -128,20 +136,20 @@ def test_metrics_and_state_are_saved_and_the_bar_replaces_the_lines(tmp_path, ca
     output = capsys.readouterr()
     assert output.out == ""
     assert "SAM: 100%" in output.err
-    assert f"test acc {run.accuracy:.3f}" in output.err
+    assert f"test accuracy {run.score:.3f}" in output.err
 
 
 RUNS = [
-    Run("ASAM (rho 2)", 2.0, 4.0, 0.9, 1.5, [(2.0, 0.5), (4.0, 0.9)]),
-    Run("AdamW", 4.0, 4.0, 0.8, 1.5, [(1.0, 0.4), (4.0, 0.8)]),
+    Run("ASAM (rho 2)", 2.0, 4.0, {"f1": 0.9, "accuracy": 0.7}, 1.5, [(2.0, 0.5), (4.0, 0.9)]),
+    Run("AdamW", 4.0, 4.0, {"f1": 0.8, "accuracy": 0.6}, 1.5, [(1.0, 0.4), (4.0, 0.8)]),
 ]
 
 
-def test_the_table_has_a_line_per_run_with_its_accuracy_and_compute():
+def test_the_table_has_a_line_per_run_with_its_scores_and_compute():
     header, first, second = format_runs(RUNS).splitlines()
-    assert header.split() == ["epochs", "passes", "seconds", "test", "accuracy"]
-    assert first.split() == ["ASAM", "(rho", "2)", "2", "4", "2", "0.9000"]
-    assert second.split() == ["AdamW", "4", "4", "2", "0.8000"]
+    assert header.split() == ["epochs", "passes", "seconds", "test", "f1", "test", "accuracy"]
+    assert first.split() == ["ASAM", "(rho", "2)", "2", "4", "2", "0.9000", "0.7000"]
+    assert second.split() == ["AdamW", "4", "4", "2", "0.8000", "0.6000"]
     assert len(header) == len(first) == len(second)
 
 

@@ -1,0 +1,166 @@
+"""The course of a training script: check, train, compare with plain training, save, publish."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from script_utils import InputError, check_training_arguments, checkpoint_to_resume
+from shared_arguments import ClassifierArguments, ModelArguments
+from training_utils import (
+    Run,
+    format_runs,
+    in_words,
+    load_checkpoint_weights,
+    plot_curves,
+    save_json,
+    train,
+)
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import SaveStrategy
+
+
+def prepare(args: Any) -> str | None:
+    """Check the training's options, set the threads, and say from which checkpoint to go on.
+
+    Raises:
+        InputError: an option has no effect here, or there is no such checkpoint.
+    """
+    check_training_arguments(args)
+    resume_from = checkpoint_to_resume(args)
+    if args.torch_num_threads is not None:
+        torch.set_num_threads(args.torch_num_threads)
+    return resume_from
+
+
+def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
+    """What `loader` makes of --model_name_or_path: a model, a tokenizer, an image processor.
+
+    Raises:
+        InputError: there is none, or the model's head has another number of classes.
+    """
+    try:
+        return loader.from_pretrained(args.model_name_or_path, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason: object = error
+        if "ignore_mismatched_sizes" in str(error):
+            reason = f"no head for {len(options['id2label'])} classes; see the report above. "
+            reason += "--ignore_mismatched_sizes gives it a new one"
+        raise InputError(f"--model_name_or_path {args.model_name_or_path!r}: {reason}") from error
+
+
+def load_classifier(loader: Any, args: ClassifierArguments, **config: Any) -> PreTrainedModel:
+    """The pretrained model, in fp32 whatever it is stored in: bf16 swallows the perturbation."""
+    return load_pretrained(
+        loader,
+        args,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
+        **config,
+    )
+
+
+def class_labels(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
+    """The classes as a model's configuration holds them."""
+    return {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+
+
+def build_trainer(trainer_class: type[Trainer], args: Any, **options: Any) -> Any:
+    """The trainer. It makes the Hub's repository too, if it is to push.
+
+    Raises:
+        InputError: an option needs something that is not there: a package, a login, a connection.
+    """
+    try:
+        return trainer_class(args=args, **options)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise InputError(error) from error
+    except Exception as error:  # the Hub's client has no base class for what may go wrong
+        if not args.push_to_hub:
+            raise
+        raise InputError(f"--push_to_hub: no repository can be made: {error}") from error
+
+
+def train_and_compare(
+    build: Callable[..., Trainer],
+    model: PreTrainedModel,
+    args: Any,
+    resume_from: str | None = None,
+    metrics: Sequence[str] = ("accuracy",),
+) -> tuple[Trainer, list[Run]]:
+    """Train `model` and save it; with --compare_with_plain train its initial copy without SAM too.
+
+    Args:
+        build: makes the trainer of `args` and `model`.
+        metrics: the names, without `eval_`, of what is reported; the first is what counts.
+
+    Returns:
+        The trainer of `model`, and one or two runs.
+    """
+    initial_model = copy.deepcopy(model) if args.compare_with_plain else None
+    if resume_from is not None:
+        load_checkpoint_weights(model, resume_from)
+    trainer = build(args, model=model)
+    if trainer.is_world_process_zero():
+        print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
+    runs = [train(trainer, method_name(args), resume_from, metrics)]
+    trainer.save_model()
+    if initial_model is not None:
+        plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
+        plain_trainer = build(plain_args, model=initial_model)
+        runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics))
+    return trainer, runs
+
+
+def method_name(args: Any) -> str:
+    """'ASAM (rho 2)', or the optimizer's name where SAM is off."""
+    if args.sam_rho > 0:
+        return f"{args.sam_method.upper()} (rho {args.sam_rho:g})"
+    family = args.optim.value.split("_")[0]
+    return {"adamw": "AdamW", "sgd": "SGD"}.get(family, family)
+
+
+def plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
+    """The same training without SAM, lengthened until it has computed as much."""
+    plain = copy.copy(args)  # TRL's arguments cannot be built anew from what they have become
+    vars(plain).update(
+        compare_with_plain=False,
+        sam_rho=0.0,
+        max_steps=round(sam_steps * sam.passes / sam.epochs),
+        output_dir=str(Path(args.output_dir) / "plain"),
+        save_strategy=SaveStrategy.NO,
+        push_to_hub=False,
+        resume_from_checkpoint=None,
+    )
+    return plain
+
+
+def save_results(
+    trainer: Trainer, runs: Sequence[Run], title: str, saved: str, details: dict[str, Any]
+) -> None:
+    """Print the scores; save them with the settings, `details` and the picture of the curves."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    results = {
+        **details,
+        "runs": [dataclasses.asdict(run) | run.scores for run in runs],
+        "training_arguments": trainer.args.to_dict(),
+    }
+    save_json(results, folder / "results.json")
+    metric = in_words(runs[0].metric)
+    plot_curves(runs, f"{title}: test {metric} against compute", folder / "curves.png")
+    print(f"\n{title}, final models (pass: one forward and backward over the training set)")
+    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, curves.png")
+
+
+def publish(trainer: Trainer, card: dict[str, Any]) -> None:
+    """Write the model card, and push all that was saved if --push_to_hub asks for it."""
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
