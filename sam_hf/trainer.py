@@ -101,12 +101,25 @@ class SAMTrainerMixin(PublishingMixin):
         assert self.model is not None  # Trainer has seen to it
         return Run(self.sam_config, self.model, self.optimizer)
 
+    # ---- One run -----------------------------------------------------------------------------
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's `train`."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._sam_run = None  # it holds the inputs of an update that was not completed
+
+    def hyperparameter_search(
+        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's search, which may set options of SAM where `args` holds them.
+
+        Raises:
+            ValueError: `hp_space` names an option of SAM that `args` does not have.
+        """
+        space = None if hp_space is None else checked_space(self.args, hp_space)
+        return super().hyperparameter_search(space, *args, **kwargs)
 
     # ---- One micro-batch ---------------------------------------------------------------------
 
@@ -185,19 +198,6 @@ class SAMTrainerMixin(PublishingMixin):
             is_complete = True
         run.add_sharpness(descent_loss - ascent_loss, is_last=self.accelerator.sync_gradients)
 
-    # ---- Search ------------------------------------------------------------------------------
-
-    def hyperparameter_search(
-        self, hp_space: Callable[[Any], dict[str, Any]] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The Trainer's search, which may set options of SAM where `args` holds them.
-
-        Raises:
-            ValueError: `hp_space` names an option of SAM that `args` does not have.
-        """
-        space = None if hp_space is None else checked_space(self.args, hp_space)
-        return super().hyperparameter_search(space, *args, **kwargs)
-
     # ---- The parts of the second pass --------------------------------------------------------
 
     def _sam_perturb(
@@ -238,10 +238,11 @@ class SAMTrainerMixin(PublishingMixin):
                 flos += self.floating_point_ops(call.inputs)
                 if config.sam_replay_rng:
                     call.random_state.restore()
-                replayed = functools.partial(call.repeat, self.compute_loss)
-                # The inputs were prepared before they were recorded.
+                # Coefficients that the calls adapt are where the call found them.
                 vars(self).update(call.attributes)
                 self._sam_is_replaying = True
+                replayed = functools.partial(call.repeat, self.compute_loss)
+                # The inputs were prepared before they were recorded.
                 with shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
                     losses.append(Trainer.training_step(self, model, {}, call.num_items_in_batch))
         self.current_flos += flos  # the loop counts the ascent alone
