@@ -133,7 +133,7 @@ def test_a_meter_counts_once(meter):
 @pytest.mark.parametrize(
     "thing",
     [nn.Linear(2, 2), TrainingArguments("."), Owns(), Average, torch, open, ADAM],
-    ids=str,
+    ids=lambda thing: getattr(thing, "__name__", type(thing).__name__),
 )
 def test_models_arguments_and_classes_are_not_entered(thing):
     effects = SideEffects(Holder(thing))
