@@ -129,7 +129,12 @@ class PublishingMixin(_Base):
         command = self._sam_upload_command(folder, revision=revision, private=private)
         try:
             pushed = super().push_to_hub(
-                commit_message, blocking, token, revision, private, **kwargs
+                commit_message=commit_message,
+                blocking=blocking,
+                token=token,
+                revision=revision,
+                private=private,
+                **kwargs,
             )
         except Exception as error:
             if self.is_world_process_zero():

@@ -74,6 +74,7 @@ def tiny_trainer(folder: Path, sam: dict | None = None, **options) -> SAMTrainer
         "save_strategy": "no",
         "use_cpu": True,
         "dataloader_pin_memory": False,
+        "disable_tqdm": False,  # its default depends on how much transformers logs
         **options,
     }
     return SAMTrainer(
