@@ -96,7 +96,7 @@ def run_classification(
     card = {
         "tasks": task,
         "tags": [task, "sam_hf"],
-        "dataset": data.name,
+        "dataset": data.title,
         "dataset_tags": data_args.hub_dataset,
     }
     publish(trainer, card)

@@ -107,8 +107,7 @@ def train_and_compare(
     trainer = build(args, model=model)
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
-    runs = [train(trainer, method_name(args), resume_from, metrics)]
-    trainer.save_model()
+    runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
     if initial_model is not None:
         plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
         plain_trainer = build(plain_args, model=initial_model)
@@ -119,7 +118,7 @@ def train_and_compare(
 def method_name(args: Any) -> str:
     """'ASAM (rho 2)', or the optimizer's name where SAM is off."""
     if args.sam_rho > 0:
-        return f"{args.sam_method.upper()} (rho {args.sam_rho:g})"
+        return f"{args.sam_method.upper()} (rho {args.sam_rho:.4g})"
     family = args.optim.value.split("_")[0]
     return {"adamw": "AdamW", "sgd": "SGD"}.get(family, family)
 
@@ -159,8 +158,16 @@ def save_results(
 
 
 def publish(trainer: Trainer, card: dict[str, Any]) -> None:
-    """Write the model card, and push all that was saved if --push_to_hub asks for it."""
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
+    """Write the model card, and push all that was saved if --push_to_hub asks for it.
+
+    Raises:
+        InputError: the push failed. All is on disk, and the message says how to push it.
+    """
+    if not trainer.args.push_to_hub:
         trainer.create_model_card(**card)
+        return
+    try:
+        trainer.push_to_hub(**card)
+    except Exception as error:  # the Hub's client has no base class for what may go wrong
+        notes = " ".join(getattr(error, "__notes__", []))
+        raise InputError(f"--push_to_hub: {error} {notes}") from error

@@ -199,9 +199,14 @@ def build_model(
     """The model and its tokenizer; where none is named, both are made for these texts.
 
     Raises:
-        InputError: there is no such model, or the sizes do not fit together.
+        InputError: there is no such model, it holds adapters, or the sizes do not fit together.
     """
     if args.model_name_or_path is not None:
+        if args.use_lora and (Path(args.model_name_or_path) / "adapter_config.json").exists():
+            raise InputError(
+                f"--use_lora: {args.model_name_or_path!r} holds adapters, which new ones would "
+                "replace: give --model_name_or_path the base, or the model they are merged into"
+            )
         trust = {"trust_remote_code": training_args.trust_remote_code}
         # fp32, whatever it is stored in: bf16 swallows the perturbation.
         model = load_pretrained(AutoModelForCausalLM, args, dtype=torch.float32, **trust)

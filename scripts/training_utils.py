@@ -166,10 +166,12 @@ def train(
     name: str,
     resume_from: str | None = None,
     metrics: Sequence[str] = ("accuracy",),
+    save: bool = False,
 ) -> Run:
     """Train, evaluate the final model and save the metrics of both in the output folder.
 
     Args:
+        save: whether to save the model too, before anything can go wrong in the evaluation.
         metrics: those that the table shows, as the trainer names them but without `eval_`. The
             first is that of the curve.
     """
@@ -177,6 +179,8 @@ def train(
     meter = ComputeMeter()
     trainer.add_callback(meter)
     training = trainer.train(resume_from_checkpoint=resume_from).metrics
+    if save:
+        trainer.save_model(_internal_call=True)  # else it would push, with nothing to show yet
     evaluation = trainer.evaluate()
     trainer.save_metrics("train", training)
     trainer.save_metrics("eval", evaluation)
@@ -228,7 +232,8 @@ def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
         axes.plot(*zip(*run.curve, strict=True), dashes, color=color, label=label)
         axes.plot(run.passes, run.score, "o", color=color)
     metric = in_words(runs[0].metric)
-    axes.set(title=title, ylabel=f"Test {metric}")
+    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(f"Test {metric}")
     axes.set_xlabel("Compute (forward-backward passes over the training set)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -129,7 +129,9 @@ def test_lora_trains_the_adapters_alone_and_they_load_on_the_base(
     trainers = []
     monkeypatch.setattr(train_causal_lm, "publish", lambda trainer, card: trainers.append(trainer))
     adapt = f"--model_name_or_path {base} --use_lora --lora_target_modules all-linear --lora_r 4"
-    run(tmp_path / "lora", f"{PACKED} --train_file {corpus} {adapt} --sam_rho 0.5")
+    run(
+        tmp_path / "lora", f"{PACKED} --train_file {corpus} {adapt} --sam_rho 0.5 --logging_steps 1"
+    )
     trained = trainers[0].model
     frozen = {
         name.replace(".base_layer", ""): p
@@ -139,7 +141,9 @@ def test_lora_trains_the_adapters_alone_and_they_load_on_the_base(
     for name, weight in load_file(base / "model.safetensors").items():
         assert torch.equal(frozen[name], weight), name
     assert not (tmp_path / "lora" / "model.safetensors").exists()
-    assert len(trainers[0].state.log_history) > 0
+    history = trainers[0].state.log_history
+    norms = [e["sam_perturbation_norm"] for e in history if "sam_perturbation_norm" in e]
+    assert norms and norms == pytest.approx([0.5] * len(norms), rel=1e-3)
 
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     loaded = PeftModel.from_pretrained(
@@ -328,6 +332,12 @@ def test_the_configs_are_valid(file):
     assert training_args.output_dir == f"outputs/{file}"
     assert data_args.source is None
     assert model_args.use_lora == ("lora" in file)
+
+
+def test_adapters_are_not_taken_for_the_model_that_new_ones_go_into(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds adapters, which new ones would replace"):
+        main(["--model_name_or_path", str(tmp_path), "--use_lora", "--output_dir", f"{tmp_path}/o"])
 
 
 def test_the_help_names_the_options_of_sam_trl_and_lora():

@@ -252,6 +252,35 @@ def test_the_model_is_pushed_with_its_card_only_if_asked(tmp_path, animals, monk
     assert pushed[-1]["tasks"] == "text-classification"
 
 
+def test_a_failed_push_comes_last_and_says_what_to_do(tmp_path, animals, monkeypatch):
+    pushes = []
+
+    def fail(self, **card):
+        pushes.append(card)
+        raise OSError("connection cut")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: None)
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", fail)
+    with pytest.raises(
+        InputError, match=r"--push_to_hub: connection cut Nothing is lost.*hf upload"
+    ):
+        run(tmp_path, f"{TINY} {animals} --max_steps 1 --push_to_hub --compare_with_plain")
+    assert len(pushes) == 1
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert {"model.safetensors", "results.json", "curves.png", "sam_config.json"} <= saved
+
+
+def test_a_model_that_cannot_be_scored_is_saved_all_the_same(tmp_path, animals, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise ValueError("Input contains NaN")
+
+    monkeypatch.setattr(Trainer, "evaluate", fail)
+    with pytest.raises(ValueError, match="contains NaN"):
+        run(tmp_path, f"{TINY} {animals} --max_steps 1")
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_the_help_lists_the_options_of_data_model_and_sam():
     text = OptionParser((DataArguments, ModelArguments, TrainArguments)).format_help()
     for option in (

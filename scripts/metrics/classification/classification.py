@@ -4,8 +4,11 @@ Its configurations are the problem types of transformers. It covers what GLUE re
 Matthews correlation, and the correlations of Pearson and Spearman.
 """
 
+import math
+
 import datasets
 import evaluate
+import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
 
@@ -32,6 +35,8 @@ class Classification(evaluate.Metric):
 
     def _compute(self, *, predictions, references) -> dict[str, float]:
         if self.config_name == "regression":
+            if not np.isfinite(predictions).all():  # a model that has diverged
+                return dict.fromkeys(("pearson", "spearman", "mse"), math.nan)
             is_constant = 1 in (len(set(predictions)), len(set(references)))
             return {
                 "pearson": 0.0 if is_constant else float(pearsonr(predictions, references)[0]),
