@@ -6,9 +6,12 @@ The maths of the methods receives one primitive, `Backend.dot`, and never asks w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.training_args import OptimizerNames
@@ -20,17 +23,55 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Backend:
-    """Numbers over all weights, and writing weights, for a model on one device.
+    """Numbers over all weights, and what the processes have to say to each other.
+
+    Each process holds all weights, alone or under DDP.
 
     Args:
         weights: the perturbed parameters.
+        accelerator: Accelerate's, which knows the processes and the loss scale.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._device = weights[0].device if weights else torch.device("cpu")
         is_double = any(w.dtype is torch.float64 for w in weights)
         self.accumulate_in = torch.float64 if is_double else torch.float32
         self.rng_devices = {w.device for w in weights if w.device.type != "cpu"}
         self.half = any(w.dtype in _HALF for w in weights)
+
+    @property
+    def is_end_of_update(self) -> bool:
+        """Whether this micro-batch is the last one of its update."""
+        return bool(self._accelerator.sync_gradients)
+
+    @property
+    def is_end_of_epoch(self) -> bool:
+        loader = self._accelerator.gradient_state
+        return bool(loader.end_of_dataloader or not loader.in_dataloader)
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether the backward pass of this micro-batch ends with a mean over the processes."""
+        return self._accelerator.num_processes > 1 and self.is_end_of_update
+
+    def local_gradients(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """A context for forward and backward whose gradients stay with this process."""
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(model)
+        return context
+
+    def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
+        """The numbers as one tensor, added up over the processes, which must all call this."""
+        # Not every device has float64, and no loss scale or norm is so small that it is needed.
+        total = torch.stack([n.detach().to(self._device, self.accumulate_in) for n in numbers])
+        if self._accelerator.num_processes > 1:
+            total = self._accelerator.reduce(total, reduction="sum")
+        return total
+
+    def unscaled(self, norm: Tensor) -> Tensor:
+        """A norm of gradients without the factor of fp16's loss scaling."""
+        scaler = self._accelerator.scaler
+        return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
 
     def dot(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
         """The inner product over all tensors, accumulated in fp32 (float64 for float64 weights)."""
@@ -137,6 +178,17 @@ class Perturbation:
             torch.clear_autocast_cache()
 
 
+# Layouts in which each process holds all weights.
+_REPLICATED = {
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_SDAA,
+    DistributedType.MULTI_XPU,
+}
 _STEPS_INSIDE_BACKWARD = {
     OptimizerNames.LOMO,
     OptimizerNames.ADALOMO,
@@ -186,12 +238,26 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             "sam_rho=0."
         )
     is_split = getattr(trainer, "is_model_parallel", False)  # PPO's trainer does not look
-    if accelerator.num_processes > 1 or args.n_gpu > 1 or is_split:
+    if args.n_gpu > 1 or is_split:
         raise ValueError(
-            f"SAM runs in one process on one device for the time being; this run has "
-            f"{accelerator.num_processes} processes and {max(args.n_gpu, 1)} devices in this one"
-            f"{' and a model split by device_map' if is_split else ''}. Start one "
-            "process that sees one device, or set sam_rho=0."
+            f"SAM runs on one device in each process for the time being; this one has "
+            f"{max(args.n_gpu, 1)} devices"
+            f"{' and a model split by device_map' if is_split else ''}. "
+            "Start a process for each device (`accelerate launch`), or set sam_rho=0."
+        )
+    kind = accelerator.distributed_type
+    if accelerator.num_processes > 1 and kind not in _REPLICATED:
+        raise ValueError(
+            f"SAM does not support the layout {kind.value} of this run with "
+            f"{accelerator.num_processes} processes. Use DDP, or set sam_rho=0."
+        )
+    handler = accelerator.ddp_handler
+    is_static = accelerator.num_processes > 1 and handler is not None and handler.static_graph
+    if is_static and trainer.sam_config.sam_scope == "micro_batch":
+        raise ValueError(
+            "sam_scope='micro_batch' takes its ascent without a reduction over the processes, "
+            "which DDP cannot do with a static graph. Set ddp_static_graph=False, "
+            "sam_scope='batch' or sam_rho=0."
         )
     perturbed = select_parameters(trainer.model, sam_params)
     if sparse := sorted(sparse_parameters(trainer.model) & perturbed.keys()):

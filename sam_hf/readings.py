@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,15 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .methods import Dot, Method
 from .params import PARAMETER_GROUPS
+
+# In the order in which they are logged.
+_NAMES = (
+    "ascent_grad_norm",
+    "perturbation_norm",
+    *(f"share_{group}" for group in PARAMETER_GROUPS),
+    "grad_cosine",
+    "sharpness",
+)
 
 
 class Readings:
@@ -25,41 +34,41 @@ class Readings:
         self._reset()
 
     def _reset(self) -> None:
-        self._sharpness: Tensor | None = None
-        self._updates: Tensor | None = None
-        self._latest: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def add_sharpness(self, difference: Tensor) -> None:
         """Count L(w + e) - L(w) of one update. A non-finite one is left out of the mean."""
-        usable = torch.isfinite(difference)
-        if self._sharpness is None or self._updates is None:
-            self._sharpness = torch.zeros_like(difference)
-            self._updates = torch.zeros_like(difference)
-        self._sharpness += torch.where(usable, difference, 0)
-        self._updates += usable
+        self._add("sharpness", difference)
 
     def set(self, **values: Tensor) -> None:
-        """Put down readings, each a 0-dimensional tensor."""
-        self._latest.update((f"sam_{name}", value) for name, value in values.items())
+        """Put down readings, each a 0-dimensional tensor, in the place of those before."""
+        for name, value in values.items():
+            self._sums.pop(name, None)
+            self._counts.pop(name, None)
+            self._add(name, value)
 
-    def pop(self) -> dict[str, float]:
-        """All readings since the last call, in one transfer from the device. Only finite ones."""
-        values = dict(self._latest)
-        if self._sharpness is not None and self._updates is not None:
-            values["sam_sharpness"] = self._sharpness / self._updates
+    def _add(self, name: str, value: Tensor) -> None:
+        usable = torch.isfinite(value)
+        value = torch.where(usable, value.detach(), 0)
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        count = usable.to(value.dtype)
+        self._counts[name] = self._counts[name] + count if name in self._counts else count
+
+    def pop(self, total: Callable[[list[Tensor]], Tensor]) -> dict[str, float]:
+        """The means since the last call, in one transfer from the device. Only of finite readings.
+
+        Args:
+            total: adds numbers up over the processes. It is called on every one of them, with as
+                many numbers, whatever this one has measured.
+        """
+        nothing = torch.zeros(())
+        sums = [self._sums.get(name, nothing) for name in _NAMES]
+        counts = [self._counts.get(name, nothing) for name in _NAMES]
         self._reset()
-        if not values:
-            return {}
-        is_double = any(v.dtype is torch.float64 for v in values.values())
-        wide = torch.float64 if is_double else torch.float32  # not every device has float64
-        numbers = torch.stack([v.detach().to(wide) for v in values.values()])
-        return {
-            name: number
-            for name, number, usable in zip(
-                values, numbers.tolist(), numbers.isfinite().tolist(), strict=True
-            )
-            if usable
-        }
+        numbers = total([*sums, *counts]).tolist()
+        pairs = zip(_NAMES, numbers[: len(_NAMES)], numbers[len(_NAMES) :], strict=True)
+        return {f"sam_{name}": value / count for name, value, count in pairs if count}
 
 
 def log_is_due(

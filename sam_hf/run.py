@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,20 @@ class Run:
         config: the options in force.
         model: the model, not wrapped, so that its parameters have their own names.
         optimizer: the optimizer, or None where there is none yet.
+        accelerator: Accelerate's, for the backend.
     """
 
     def __init__(
-        self, config: SAMConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None
+        self,
+        config: SAMConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        accelerator: Any,
     ) -> None:
         self.method = config.build_method()
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)
-        self.backend = Backend(list(self.perturbed.values()))
+        self.backend = Backend(list(self.perturbed.values()), accelerator)
         self.tape = Tape(self.backend.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
@@ -42,6 +48,7 @@ class Run:
         self._is_loss_scale_checked = False
         self._ascent_loss: Tensor | None = None
         self._sharpness: Tensor | None = None
+        self._set_aside: list[tuple[Tensor, Tensor]] = []
         # A loss may own parameters that are not the model's: their gradients are replayed too.
         groups = optimizer.param_groups if optimizer is not None else []
         in_optimizer = (p for group in groups for p in group["params"])
@@ -144,23 +151,28 @@ class Run:
 
         If the block fails, its gradients are dropped.
         """
-        kept = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        self._set_aside = [(p, p.grad) for p in self._parameters if p.grad is not None]
         is_complete = False
 
         def undo() -> None:
             if not is_complete:
                 self.discard_update()
-            for p, g in kept:
-                p.grad = g
+            self.put_back_gradients()
 
         with undoing(undo):
-            for p, _ in kept:
+            for p, _ in self._set_aside:
                 p.grad = None
             yield
-            both = [(g, p.grad) for p, g in kept if p.grad is not None]
+            both = [(g, p.grad) for p, g in self._set_aside if p.grad is not None]
             if both:
                 torch._foreach_add_([g for g, _ in both], [new for _, new in both])
             is_complete = True
+
+    def put_back_gradients(self) -> None:
+        """Put what was set aside in the place of the gradients, to be added to by what comes."""
+        for p, g in self._set_aside:
+            p.grad = g
+        self._set_aside = []
 
 
 def _has_sparse_gradient(weight: Tensor) -> bool:

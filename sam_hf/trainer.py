@@ -99,7 +99,7 @@ class SAMTrainerMixin(PublishingMixin):
 
     def _sam_new_run(self) -> Run:
         assert self.model is not None  # Trainer has seen to it
-        return Run(self.sam_config, self.model, self.optimizer)
+        return Run(self.sam_config, self.model, self.optimizer, self.accelerator)
 
     # ---- One run -----------------------------------------------------------------------------
 
@@ -145,9 +145,10 @@ class SAMTrainerMixin(PublishingMixin):
             run.buffers.watch()
         # With an e of its own, a micro-batch must not see the gradient of those before it.
         with run.gradients_set_aside() if each_alone else nullcontext():
-            loss = self._sam_ascent(run, model, inputs, num_items_in_batch)
-            if each_alone or self.accelerator.sync_gradients:
-                self._sam_descent(run, model)
+            with run.backend.local_gradients(model) if each_alone else nullcontext():
+                loss = self._sam_ascent(run, model, inputs, num_items_in_batch)
+            if each_alone or run.backend.is_end_of_update:
+                self._sam_descent(run, model, each_alone)
         return loss
 
     def _sam_ascent(
@@ -172,13 +173,15 @@ class SAMTrainerMixin(PublishingMixin):
             run.add_ascent_loss(loss)
         return loss
 
-    def _sam_descent(self, run: Run, model: nn.Module) -> None:
+    def _sam_descent(self, run: Run, model: nn.Module, each_alone: bool) -> None:
         """The pass at w + e: leaves g_s in `.grad`, and everything else as the ascent left it."""
         calls = run.tape.take()
         ascent_loss = run.take_ascent_loss()
         names, weights = run.perturbed_with_gradient()
-        is_measured = self._sam_is_measured()
-        if not names:  # these examples do not touch what is perturbed: e is 0, and g is g_s
+        is_measured = self._sam_is_measured(run)
+        # These examples do not touch what is perturbed: e is 0, and g is g_s. But where the ascent
+        # was not reduced, the other processes wait for the pass that is.
+        if not names and not (each_alone and run.backend.reduces_gradients):
             return
         perturbation, with_gradients = Perturbation(weights), torch.is_grad_enabled()
         is_complete = False
@@ -190,13 +193,16 @@ class SAMTrainerMixin(PublishingMixin):
                 run.discard_update()  # a part of g_s is no gradient to step with
 
         with undoing(undo):
-            self._sam_perturb(run, names, perturbation, is_measured)
+            if names:
+                self._sam_perturb(run, names, perturbation, is_measured)
             run.clear_gradients()
+            if run.backend.reduces_gradients:  # those of earlier micro-batches are reduced as well
+                run.put_back_gradients()
             descent_loss = self._sam_replay(run, model, calls)
-            if is_measured:
+            if is_measured and names:
                 self._sam_measure(run, names, perturbation)
             is_complete = True
-        run.add_sharpness(descent_loss - ascent_loss, is_last=self.accelerator.sync_gradients)
+        run.add_sharpness(descent_loss - ascent_loss, is_last=run.backend.is_end_of_update)
 
     # ---- The parts of the second pass --------------------------------------------------------
 
@@ -209,7 +215,7 @@ class SAMTrainerMixin(PublishingMixin):
             grads = backend.gradients(weights)
             if is_measured:
                 run.readings.set(
-                    ascent_grad_norm=self._sam_unscaled(backend.dot(grads, grads).sqrt())
+                    ascent_grad_norm=backend.unscaled(backend.dot(grads, grads).sqrt())
                 )
             direction, squared_norm = run.method.direction(names, weights, grads, backend.dot)
             scale = step_size(self.sam_config.sam_rho, squared_norm)
@@ -234,7 +240,7 @@ class SAMTrainerMixin(PublishingMixin):
             self._sam_unseen(run),
             activation_offloading(self),
         ):
-            for call in calls:
+            for i, call in enumerate(calls, start=1):
                 flos += self.floating_point_ops(call.inputs)
                 if config.sam_replay_rng:
                     call.random_state.restore()
@@ -243,7 +249,10 @@ class SAMTrainerMixin(PublishingMixin):
                 self._sam_is_replaying = True
                 replayed = functools.partial(call.repeat, self.compute_loss)
                 # The inputs were prepared before they were recorded.
-                with shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs):
+                with (
+                    shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs),
+                    run.backend.local_gradients(model) if i < len(calls) else nullcontext(),
+                ):
                     losses.append(Trainer.training_step(self, model, {}, call.num_items_in_batch))
         self.current_flos += flos  # the loop counts the ascent alone
         run.check_loss_scale(type(self).__name__, calls[0], losses[0])
@@ -268,13 +277,11 @@ class SAMTrainerMixin(PublishingMixin):
 
     # ---- Readings ----------------------------------------------------------------------------
 
-    def _sam_is_measured(self) -> bool:
+    def _sam_is_measured(self, run: Run) -> bool:
         """Whether a log will show the readings of these examples."""
-        loader = self.accelerator.gradient_state
-        is_last = loader.end_of_dataloader or not loader.in_dataloader
         # Of the micro-batches of an update, the last one is measured.
-        return self.accelerator.sync_gradients and log_is_due(
-            self.args, self.state, self.sam_config.sam_interval, is_last
+        return run.backend.is_end_of_update and log_is_due(
+            self.args, self.state, self.sam_config.sam_interval, run.backend.is_end_of_epoch
         )
 
     @torch.no_grad()
@@ -285,17 +292,13 @@ class SAMTrainerMixin(PublishingMixin):
         groups = [run.groups[name] for name in names]
         run.readings.set(**measure(run.method, names, groups, w, e, g_s, run.backend.dot))
 
-    def _sam_unscaled(self, norm: Tensor) -> Tensor:
-        """A norm of gradients without the factor of fp16's loss scaling."""
-        scaler = self.accelerator.scaler
-        return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's `log`, with the readings of SAM beside the training loss."""
         if self._sam_is_replaying:
             return  # the first pass has said it
         if self._sam_run is not None and "loss" in logs and "learning_rate" in logs:
-            logs.update(self._sam_run.readings.pop())
+            # All processes come here: the Trainer has gathered the loss just before.
+            logs.update(self._sam_run.readings.pop(self._sam_run.backend.sum_over_processes))
         super().log(logs, *args, **kwargs)
 
 

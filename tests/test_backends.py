@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from sam_hf.backends import Backend, Perturbation, step_size
@@ -26,7 +27,7 @@ def parameters(*shapes, dtype=torch.float32):
 def test_the_inner_product_runs_over_all_tensors_in_fp32_or_better(dtype, accumulated):
     xs = [p.detach() for p in parameters((100, 100), (1000,), (), dtype=dtype)]
     ys = [x * 3 + 1 for x in xs]
-    backend = Backend([nn.Parameter(x) for x in xs])
+    backend = Backend([nn.Parameter(x) for x in xs], Accelerator())
     exact = sum((x.double() * y.double()).sum() for x, y in zip(xs, ys, strict=True))
     result = backend.dot(xs, ys)
     assert result.dtype is accumulated and result.ndim == 0
@@ -38,13 +39,13 @@ def test_the_inner_product_runs_over_all_tensors_in_fp32_or_better(dtype, accumu
 
 def test_the_norm_of_a_million_numbers_is_exact_to_six_digits():
     x = torch.randn(1_000_003)
-    backend = Backend([nn.Parameter(x)])
+    backend = Backend([nn.Parameter(x)], Accelerator())
     assert float(backend.dot([x], [x])) == pytest.approx(float(x.double().square().sum()), rel=1e-6)
 
 
 def test_the_inner_product_does_not_depend_on_the_memory_layout():
     x, y = torch.randn(4, 6), torch.randn(4, 6)
-    backend = Backend([nn.Parameter(x)])
+    backend = Backend([nn.Parameter(x)], Accelerator())
     turned = y.t().contiguous().t()
     assert turned.stride() != y.stride()
     torch.testing.assert_close(backend.dot([x], [turned]), backend.dot([x], [y]))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 from reference_asam import asam_perturbation
 from reference_sam import sam_perturbation
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
@@ -38,7 +39,7 @@ def perturbed(name, w, g, names=NAMES, rho=RHO):
     parameters = [torch.nn.Parameter(x.clone()) for x in w]
     for p, grad in zip(parameters, g, strict=True):
         p.grad = grad.clone()
-    method, backend = SAMConfig(sam_method=name).build_method(), Backend(parameters)
+    method, backend = SAMConfig(sam_method=name).build_method(), Backend(parameters, Accelerator())
     before = [p.detach().clone() for p in parameters]
     direction, squared = method.direction(
         names, parameters, backend.gradients(parameters), backend.dot

@@ -177,8 +177,25 @@ def test_a_non_finite_sharpness_does_not_spoil_the_mean():
     for value in (1.0, float("nan"), 3.0, float("inf")):
         readings.add_sharpness(torch.tensor(value))
     readings.set(grad_cosine=torch.tensor(float("nan")), perturbation_norm=torch.tensor(0.5))
-    assert readings.pop() == {"sam_sharpness": 2.0, "sam_perturbation_norm": 0.5}
-    assert readings.pop() == {}
+    assert readings.pop(torch.stack) == {"sam_sharpness": 2.0, "sam_perturbation_norm": 0.5}
+    assert readings.pop(torch.stack) == {}
+
+
+def test_readings_are_means_over_the_processes_that_have_any():
+    first, second = Readings(), Readings()
+    first.add_sharpness(torch.tensor(1.0))
+    for value in (2.0, 6.0, float("nan")):
+        second.add_sharpness(torch.tensor(value))
+    second.set(perturbation_norm=torch.tensor(0.5))
+    said: list[torch.Tensor] = []
+
+    def say(numbers):
+        said.append(torch.stack(numbers))
+        return said[-1]
+
+    first.pop(say)
+    both = second.pop(lambda numbers: said[0] + torch.stack(numbers))
+    assert both == {"sam_perturbation_norm": 0.5, "sam_sharpness": 3.0}
 
 
 def test_total_flos_counts_the_passes_that_were_made():

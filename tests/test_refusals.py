@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -61,7 +62,9 @@ class Proxy:
 
 
 def several_processes(trainer: Any) -> None:
-    trainer.accelerator = Proxy(trainer.accelerator, num_processes=2)
+    trainer.accelerator = Proxy(
+        trainer.accelerator, num_processes=2, distributed_type=DistributedType.XLA
+    )
 
 
 def several_devices(trainer: Any) -> None:
@@ -82,8 +85,8 @@ LAYOUTS = {
     "deepspeed": (deepspeed, "DeepSpeed steps inside backward.*Train without `deepspeed`"),
     "context parallelism": (parallel(cp_enabled=True), "cut the inputs.*Set cp_size=1"),
     "sequence parallelism": (parallel(sp_enabled=True), "cut the inputs.*sp_size=1"),
-    "processes": (several_processes, "one process.*has 2 processes.*Start one process"),
-    "devices": (several_devices, "one device.*2 devices.*sees one device"),
+    "processes": (several_processes, "layout XLA.*2 processes.*Use DDP"),
+    "devices": (several_devices, "one device.*2 devices.*a process for each device"),
 }
 
 
@@ -111,7 +114,7 @@ def test_a_layout_that_cannot_work_raises_at_construction_and_is_let_pass_withou
 
 @LEFT_OFF
 def test_a_model_split_over_devices_raises_at_construction(rho):
-    build(rho, model=split_model(), match="model split by device_map.*sees one device")
+    build(rho, model=split_model(), match="model split by device_map.*a process for each device")
 
 
 @LEFT_OFF

@@ -1,0 +1,118 @@
+"""DDP: two processes give the weights of the float64 twin, which knows nothing of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import Classifier, examples
+from torch.testing import assert_close
+from twin_runs import by_the_twin, means
+
+WORKER = Path(__file__).parent / "distributed" / "ddp_worker.py"
+RHO, PROCESSES, BATCH, UPDATES = 0.3, 2, 4, 3
+
+
+def case(scope: str, steps: int, **args: Any) -> dict[str, Any]:
+    return {
+        "sam": {"sam_rho": RHO, "sam_scope": scope},
+        "args": {"gradient_accumulation_steps": steps, **args},
+    }
+
+
+CASES = {
+    **{f"batch-{steps}": case("batch", steps) for steps in (1, 2, 3)},
+    **{f"micro_batch-{steps}": case("micro_batch", steps) for steps in (1, 2, 3)},
+    "batch-2-unused": case("batch", 2, ddp_find_unused_parameters=True),
+    "micro_batch-2-unused": case("micro_batch", 2, ddp_find_unused_parameters=True),
+    "batch-1-static": case("batch", 1, ddp_static_graph=True),
+}
+SOMETIMES = {
+    f"{scope}-sometimes": {
+        "sam": {"sam_rho": RHO, "sam_scope": scope, "sam_params": "extra"},
+        "args": {"ddp_find_unused_parameters": True, "max_steps": 4},
+        "sometimes": True,
+    }
+    for scope in ("batch", "micro_batch")
+}
+REFUSED = {"micro_batch-1-static": case("micro_batch", 1, ddp_static_graph=True)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each process saw of each case: all of them in one launch."""
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "cases.json").write_text(json.dumps(CASES | SOMETIMES | REFUSED))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={PROCESSES}", str(WORKER), str(folder / "cases.json")]
+    done = subprocess.run(
+        [*command, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
+
+
+def windows(steps: int) -> list[list[list[Any]]]:
+    """The rows of each micro-batch of each update: the processes take turns, batch by batch."""
+    rows = examples(48).rows
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    size = PROCESSES * steps
+    return [
+        [batches[i % len(batches)] for i in range(size * update, size * (update + 1))]
+        for update in range(UPDATES)
+    ]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
+    options = CASES[name]
+    torch.manual_seed(0)
+    model = Classifier()
+    updates = means(model, windows(options["args"]["gradient_accumulation_steps"]))
+    expected = by_the_twin(model, updates, RHO, scope=options["sam"]["sam_scope"])
+    for seen in runs:
+        assert "error" not in seen[name], seen[name]
+        assert seen[name]["world_size"] == PROCESSES
+        assert seen[name]["wrapper"] == "DistributedDataParallel"
+        assert seen[name]["is_restored"]
+        assert_close(seen[name]["weights"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_processes_agree_to_the_last_bit_and_log_the_same(runs, name):
+    first, *others = (seen[name] for seen in runs)
+    assert first["logs"][0]["sam_sharpness"] > 1e-3  # the second pass saw other weights
+    for other in others:
+        assert all(torch.equal(other["weights"][n], v) for n, v in first["weights"].items())
+        for entry, theirs in zip(first["logs"][:-1], other["logs"][:-1], strict=True):
+            assert entry == theirs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_reduced_once_in_each_pass_that_is_synchronised(runs, name):
+    passes = 2 if name.startswith("batch") else 1
+    assert {seen[name]["reductions"] for seen in runs} == {passes}
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_a_process_without_a_gradient_to_climb_keeps_nobody_waiting(runs, name):
+    first, second = (seen[name] for seen in runs)
+    assert "error" not in first | second and first["is_restored"] and second["is_restored"]
+    assert all(torch.equal(second["weights"][n], v) for n, v in first["weights"].items())
+
+
+def test_a_static_graph_without_reduction_in_the_ascent_is_refused(runs):
+    for seen in runs:
+        assert seen["micro_batch-1-static"]["error"].startswith(
+            "ValueError: sam_scope='micro_batch'"
+        )
