@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,40 @@ def load(option: str, *source: Any, **options: Any) -> datasets.Dataset:
         raise InputError(f"{option} cannot be loaded: it holds no examples") from error
     # Whatever is wrong with a source, and there are a dozen exceptions for it, the user chose it.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        # `datasets` says "an error occurred", and keeps for the cause what the error was.
+        is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = (error.__cause__ or error) if is_vague else str(error).strip().split("\n")[0]
         raise InputError(f"{option} cannot be loaded: {reason}") from error
 
 
 def load_files(
-    option: str, files: Sequence[str], builder: str | None = None, **options: Any
+    option: str,
+    files: Sequence[str],
+    builder: str | None = None,
+    builders: Mapping[str, str] = BUILDERS,
+    **options: Any,
 ) -> datasets.Dataset:
     """Local files as one data set.
 
     Args:
         builder: the builder of `datasets` that reads them; by the files' names if not given.
+        builders: the builder for each ending of a name.
         options: those of the builder.
 
     Raises:
         InputError: a file is missing, of an unknown kind, or cannot be read.
     """
     for file in files:
+        if Path(file).is_dir():
+            raise InputError(f"--{option} {file!r} is a directory: name the files in it")
         if not Path(file).is_file():
             raise InputError(f"--{option} {file!r}: there is no such file")
-        if builder is None and Path(file).suffix not in BUILDERS:
-            raise InputError(f"--{option} {file!r}: the name must end in {', '.join(BUILDERS)}")
-    builders = sorted({builder or BUILDERS[Path(file).suffix] for file in files})
-    if len(builders) > 1:
-        raise InputError(f"--{option}: the files must be of one kind, got {' and '.join(builders)}")
-    return load(f"--{option} {files}", builders[0], data_files=files, split="train", **options)
+        if builder is None and Path(file).suffix not in builders:
+            raise InputError(f"--{option} {file!r}: the names must end in {' or '.join(builders)}")
+    kinds = sorted({builder or builders[Path(file).suffix] for file in files})
+    if len(kinds) > 1:
+        raise InputError(f"--{option}: the files must be of one kind, got {' and '.join(kinds)}")
+    return load(f"--{option} {files}", kinds[0], data_files=files, split="train", **options)
 
 
 def load_sets(

@@ -9,13 +9,13 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import datasets
-from labeled_data import draw, hold_out, load, load_files
+from labeled_data import BUILDERS, draw, hold_out, load_files, load_sets
 from script_utils import InputError, closest
 from shared_arguments import SourceArguments
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerBase
 
-KINDS = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+KINDS = {".txt": "text", **BUILDERS}
 # What TRL trains on beside a column of texts, and what it takes along where it is there.
 FORMATS = (("messages",), ("prompt", "completion"))
 EXTRAS = ("tools", "chat_template_kwargs")
@@ -58,20 +58,11 @@ def load_source(
     Raises:
         InputError: there is no such source, or one of the two has no examples.
     """
-    test = None
-    if args.dataset_name is not None:
-        name = args.dataset_name
-        train, test = (
-            load(f"--dataset_name {name}", name, args.dataset_config_name, split=split)
-            for split in (args.train_split or "train", args.eval_split or "test")
-        )
-    elif args.train_file is not None:
-        name = Path(args.train_file[0]).stem
-        train = _load_files("train_file", args.train_file)
-        if args.validation_file is not None:
-            test = _load_files("validation_file", args.validation_file)
+    if args.source is None:
+        train, test = built_in(), None
     else:
-        train = built_in()
+        name = args.dataset_name or Path(args.train_file[0]).stem
+        train, test = load_sets(args, _load_files)
     if test is None:
         fraction = args.eval_fraction or 0.2
         parts = hold_out(len(train), fraction, f"--eval_fraction {fraction}")
@@ -85,12 +76,9 @@ def load_source(
 
 
 def _load_files(option: str, files: Sequence[str]) -> datasets.Dataset:
-    kinds = {Path(file).suffix for file in files}
-    if kinds == {".txt"}:
-        return load_files(option, files, "text", sample_by="paragraph")
-    if not kinds <= set(KINDS):
-        raise InputError(f"--{option} {files}: the names must end in {' or '.join(KINDS)}")
-    return load_files(option, files)
+    is_text = {Path(file).suffix for file in files} == {".txt"}
+    options = {"sample_by": "paragraph"} if is_text else {}
+    return load_files(option, files, builders=KINDS, **options)
 
 
 def load_lm_data(
@@ -156,7 +144,12 @@ def train_tokenizer(
 
     Args:
         add_eos: end every text with the end-of-text token, as an encoder-decoder needs it.
+
+    Raises:
+        InputError: the vocabulary is too small for all bytes.
     """
+    if vocab_size < 260:
+        raise InputError(f"--vocab_size must be 260 (all bytes) or more, got {vocab_size}")
     untrained = GPT2Tokenizer(unk_token=EOS, bos_token=EOS, eos_token=EOS, pad_token=PAD)
     tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
     if add_eos:

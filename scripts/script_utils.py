@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
+import math
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
+import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from torch.optim import SGD
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, SchedulerType, sort_checkpoints
 from transformers.utils import logging
+
+# The least that these options may be. The Trainer takes less, and fails later or trains nothing.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "seed": 0,
+    "data_seed": 0,
+    "max_length": 1,  # of TRL's SFT
+    "max_completion_length": 1,  # of TRL's GRPO
+}
+# How the libraries that write checkpoints say that a disk is full: safetensors, then torch.
+FULL_DISK = ("No space left on device", "file write failed", ". unexpected pos ")
 
 
 class InputError(Exception):
@@ -26,11 +47,16 @@ class InputError(Exception):
 
 
 def run_script(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
-    """Run a script's `main`: bad input ends in one line and exit code 2, Ctrl-C in 130."""
+    """Run a script's `main`: bad input ends in one line and exit code 2, Ctrl-C in 130.
+
+    A full disk ends in one line and exit code 1.
+    """
     # What is left on the screen is for the user: warnings without a line of some library's code,
-    # and the bar of the training without those of reading and writing files.
+    # the bar of the training without those of reading and writing files, and each error once.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    getLogger("datasets.packaged_modules").setLevel(CRITICAL)
     try:
         main(argv)
     except InputError as error:
@@ -39,6 +65,21 @@ def run_script(main: Callable[[list[str] | None], Any], argv: list[str] | None =
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        what = getattr(error, "filename", None) or "the output"
+        print(
+            f"\n{Path(sys.argv[0]).name}: error: {what} cannot be written: the disk is full; the "
+            "checkpoints that were saved before are intact",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    is_out_of_space = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return is_out_of_space or any(words in str(error) for words in FULL_DISK)
 
 
 def leave_for_missing_package(error: ImportError, extra: str) -> NoReturn:
@@ -171,44 +212,89 @@ def check_training_arguments(args: TrainingArguments) -> None:
 
     Raises:
         InputError: an option is set that has no effect here, or that lets the evaluation data
-            choose the model.
+            choose the model; or a number makes no sense.
     """
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} must be {least} or more, got {value}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise InputError(
+            f"--max_steps must be 1 or more, or -1 to go by the epochs, got {args.max_steps}"
+        )
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs}")
+    if args.sam_rho > 0 and args.sam_start_ratio == 1:
+        raise InputError(
+            "--sam_start_ratio 1.0: SAM would never begin; choose less, or turn it off with "
+            "--sam_rho 0"
+        )
+    if args.optim_args and any(pair.count("=") != 1 for pair in args.optim_args.split(",")):
+        raise InputError(f"--optim_args must be name=value,name=value, got {args.optim_args!r}")
     if args.do_predict:
         raise InputError("--do_predict has no effect: the final model is always evaluated")
     if args.prediction_loss_only or args.batch_eval_metrics:
         name = "prediction_loss_only" if args.prediction_loss_only else "batch_eval_metrics"
         raise InputError(f"--{name} is not supported: the metric needs all predictions at once")
     scheduler = SchedulerType(args.lr_scheduler_type).value
-    if args.load_best_model_at_end or scheduler in ("reduce_lr_on_plateau", "greedy"):
-        is_best = args.load_best_model_at_end
-        option = "load_best_model_at_end" if is_best else f"lr_scheduler_type {scheduler}"
+    choosing = {
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "save_strategy best": args.save_strategy == SaveStrategy.BEST,
+        f"lr_scheduler_type {scheduler}": scheduler in ("reduce_lr_on_plateau", "greedy"),
+        "metric_for_best_model": args.metric_for_best_model is not None,
+    }
+    option = next((option for option, is_set in choosing.items() if is_set), None)
+    if option is not None:
         raise InputError(
             f"--{option} would choose the model on the data that its score is reported on: the "
             "result is always that of the final model"
         )
+    kwargs = args.lr_scheduler_kwargs
+    try:  # now, and not when the data has been prepared, as the Trainer does
+        optimizer = SGD([torch.zeros(1)], lr=args.learning_rate)
+        get_scheduler(scheduler, optimizer, 0, 10**9, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--lr_scheduler_type {scheduler} with --lr_scheduler_kwargs {kwargs!r}: {error}"
+        ) from error
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that --resume_from_checkpoint names: a folder, or "last" for the newest.
 
     Raises:
-        InputError: there is none; or there is one, and a fresh run would mix with it.
+        InputError: there is none; or there is one, and a fresh run would mix with it; or
+            --output_dir cannot be written to.
     """
     asked = args.resume_from_checkpoint
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir) as file:  # permissions tell root nothing
+            file.write(b"x")
     except OSError as error:
         raise InputError(
             f"--output_dir {args.output_dir!r} cannot be used: {error.strerror}"
         ) from error
-    newest = get_last_checkpoint(args.output_dir)
-    if asked is None and newest is not None:
+    checkpoints = sort_checkpoints(args.output_dir)
+    # The Trainer writes its state last: a run that was killed may leave a folder without it.
+    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
+    if asked is None and checkpoints:
         raise InputError(
-            f"--output_dir {args.output_dir!r} holds {Path(newest).name} of an earlier run: go "
-            "on from it with --resume_from_checkpoint last, or choose another --output_dir"
+            f"--output_dir {args.output_dir!r} holds {Path(checkpoints[-1]).name} of an earlier "
+            "run: go on from it with --resume_from_checkpoint last, or choose another --output_dir"
         )
-    if asked == "last" and newest is None:
-        raise InputError(f"--resume_from_checkpoint last: no checkpoint in {args.output_dir!r}")
-    if asked not in (None, "last") and not (Path(asked) / "trainer_state.json").is_file():
+    if asked == "last" and not complete:
+        what = "no complete checkpoint" if checkpoints else "no checkpoint"
+        raise InputError(f"--resume_from_checkpoint last: {what} in {args.output_dir!r}")
+    if asked == "last":
+        if complete[-1] != checkpoints[-1]:
+            names = [Path(checkpoint).name for checkpoint in (checkpoints[-1], complete[-1])]
+            warnings.warn(f"{names[0]} is not complete: going on from {names[1]}", stacklevel=2)
+        return complete[-1]
+    if asked is not None and not _is_complete(asked):
         raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor 'last'")
-    return newest if asked == "last" else asked
+    return asked
+
+
+def _is_complete(checkpoint: str) -> bool:
+    return (Path(checkpoint) / "trainer_state.json").is_file()

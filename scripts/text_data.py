@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,12 @@ def _read_numbers(data: datasets.Dataset, column: str, which: str) -> np.ndarray
         feature = data.features[column]
         raise InputError(
             f"--problem_type {REGRESSION}: --label_column {column!r} holds {feature}, no numbers"
+        )
+    infinite = sum(map(math.isinf, labels))
+    if infinite:
+        raise InputError(
+            f"{infinite} of the {len(labels)} {which} have an infinite label in --label_column "
+            f"{column!r}"
         )
     if len(set(labels)) == 1:  # -1 throughout, in the test sets of GLUE
         raise InputError(

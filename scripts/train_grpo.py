@@ -14,6 +14,7 @@ For another task change `reward` and `make_prompts`.
 
 from __future__ import annotations
 
+import math
 import random
 import string
 from dataclasses import asdict, dataclass, field
@@ -84,6 +85,13 @@ class TrainArguments(ScriptArguments, SAMConfig, GRPOConfig):
         default=True, metadata={"help": "Measure the reward before the training too."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"--beta must be 0 or more, got {self.beta}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
+
 
 def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, make prompts, model and trainer, train, evaluate, compare, push."""
@@ -93,7 +101,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
 
     prompts = make_prompts(prompt_args.num_prompts + prompt_args.num_eval_prompts)
     set_seed(training_args.seed)
-    model, tokenizer = build_model(model_args)
+    model, tokenizer = build_model(model_args, training_args.max_completion_length)
     common: dict[str, Any] = {
         "reward_funcs": reward,
         "train_dataset": prompts.select(range(prompt_args.num_prompts)),
@@ -130,7 +138,9 @@ def make_prompts(count: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"prompt": list(prompts)})
 
 
-def build_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_model(
+    args: ModelArguments, completion_length: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer; where none is named, a small Llama that writes characters."""
     if args.model_name_or_path is not None:
         # fp32, whatever it is stored in: bf16 swallows the perturbation.
@@ -145,7 +155,7 @@ def build_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeni
     )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        max_position_embeddings=64,
+        max_position_embeddings=PROMPT_LENGTH + completion_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

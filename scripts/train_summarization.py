@@ -78,6 +78,11 @@ class DataArguments(SourceArguments):
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} must be 2 or more, got {getattr(self, name)}")
+        if (self.text_column or "text") == (self.summary_column or "summary"):
+            raise ValueError(
+                "--text_column and --summary_column must be two columns, got "
+                f"{self.text_column or 'text'!r} for both"
+            )
 
 
 @dataclass
@@ -85,6 +90,12 @@ class TrainArguments(ScriptArguments, SAMConfig, Seq2SeqTrainingArguments):
     """The options of the Seq2SeqTrainer with those of SAM, and the comparison."""
 
     output_dir: str = output_dir_field("outputs/summarization", "tokenizer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("generation_max_length", "generation_num_beams"):
+            if getattr(self, name) is not None and not self.predict_with_generate:
+                raise ValueError(f"--{name} has no effect without --predict_with_generate")
 
 
 def main(argv: list[str] | None = None) -> list[Run]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import math
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
-from transformers import TrainingArguments
+from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -153,11 +157,21 @@ def test_help_shows_every_option_with_its_default_and_keeps_the_lines_of_the_des
     assert "(default: None)" not in text
 
 
+DISK_IS_FULL = "written: the disk is full; the checkpoints that were saved before are intact"
+TORCH_ON_A_FULL_DISK = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+READERS = logging.getLogger("datasets.packaged_modules")
+
+
 @pytest.fixture
 def script_surroundings(monkeypatch):
     """What `run_script` sets for the whole process is put back."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr("script_utils.logging.disable_progress_bar", lambda: None)
+    level, has_bars = READERS.level, not datasets.utils.are_progress_bars_disabled()
+    yield
+    READERS.setLevel(level)
+    if has_bars:
+        datasets.enable_progress_bars()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +179,16 @@ def script_surroundings(monkeypatch):
     [
         (InputError("no such\nfile"), 2, "error: no such file"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "x", "a/b.json"), 1, f"error: a/b.json cannot be {DISK_IS_FULL}"),
+        (RuntimeError(TORCH_ON_A_FULL_DISK), 1, f"error: the output cannot be {DISK_IS_FULL}"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            1,
+            f"error: the output cannot be {DISK_IS_FULL}",
+        ),
     ],
 )
-def test_bad_input_and_ctrl_c_end_in_one_line_and_their_exit_code(
+def test_bad_input_ctrl_c_and_a_full_disk_end_in_one_line_and_their_exit_code(
     script_surroundings, capsys, exception, code, line
 ):
     def main(argv):
@@ -182,16 +203,24 @@ def test_bad_input_and_ctrl_c_end_in_one_line_and_their_exit_code(
     assert len(output.err.strip().splitlines()) == 1
 
 
-def test_a_mistake_in_the_code_keeps_its_traceback(script_surroundings):
+@pytest.mark.parametrize("bug", [ValueError("a bug"), OSError(errno.EPERM, "a bug")])
+def test_a_mistake_in_the_code_keeps_its_traceback(script_surroundings, bug):
     def main(argv):
-        raise ValueError("a bug")
+        raise bug
 
-    with pytest.raises(ValueError, match="a bug"):
+    with pytest.raises(type(bug), match="a bug"):
         run_script(main, [])
 
 
+def test_reading_files_shows_no_bars_and_reports_each_error_once(script_surroundings, caplog):
+    datasets.enable_progress_bars()
+    run_script(lambda argv: logging.getLogger(f"{READERS.name}.csv.csv").error("bad file"), [])
+    assert not caplog.records
+    assert datasets.utils.are_progress_bars_disabled()
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "message"),
     [
         ({"do_predict": True}, "--do_predict"),
         ({"prediction_loss_only": True}, "--prediction_loss_only"),
@@ -204,12 +233,46 @@ def test_a_mistake_in_the_code_keeps_its_traceback(script_surroundings):
             {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
             "--load_best_model_at_end",
         ),
+        ({"save_strategy": "best"}, "--save_strategy best would choose"),
+        ({"metric_for_best_model": "loss"}, "--metric_for_best_model would choose"),
+        ({"num_train_epochs": 0}, "--num_train_epochs must be above 0, got 0"),
+        ({"num_train_epochs": math.nan}, "--num_train_epochs must be above 0, got nan"),
+        ({"max_steps": 0}, "--max_steps must be 1 or more, .* got 0"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size must be 1 .* got 0"),
+        ({"per_device_eval_batch_size": -1}, "--per_device_eval_batch_size must be 1 .* got -1"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be 1 .* got 0"),
+        ({"seed": -1}, "--seed must be 0 or more, got -1"),
+        ({"learning_rate": -0.1}, "--learning_rate must be 0 or more, got -0.1"),
+        ({"learning_rate": math.nan}, "--learning_rate must be 0 or more, got nan"),
+        ({"learning_rate": math.inf}, "--learning_rate must be 0 or more, got inf"),
+        ({"sam_start_ratio": 1.0}, "--sam_start_ratio 1.0: SAM would never begin"),
+        ({"optim_args": "foo"}, "--optim_args must be name=value,name=value, got 'foo'"),
+        ({"lr_scheduler_kwargs": "foo"}, "--lr_scheduler_kwargs 'foo': "),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "--lr_scheduler_type warmup_stable_decay with --lr_scheduler_kwargs .*num_decay_steps",
+        ),
     ],
 )
-def test_options_that_do_nothing_or_choose_on_the_test_data_are_refused(tmp_path, options, named):
-    check_training_arguments(TrainingArguments(str(tmp_path)))
-    with pytest.raises(InputError, match=named):
-        check_training_arguments(TrainingArguments(str(tmp_path), **options))
+def test_training_options_that_cannot_do_what_they_say_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        check_training_arguments(SAMTrainingArguments(str(tmp_path), **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_steps": 1, "num_train_epochs": 0},
+        {"learning_rate": 0.0},
+        {"optim_args": "betas=(0.9), eps=1e-8"},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+        *({"lr_scheduler_type": kind} for kind in ("linear", "cosine", "polynomial", "constant")),
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-6}},
+    ],
+)
+def test_training_options_that_make_sense_are_taken(tmp_path, options):
+    check_training_arguments(SAMTrainingArguments(str(tmp_path), **options))
 
 
 def resume(folder: Path, asked: str | None) -> str | None:
@@ -233,7 +296,21 @@ def test_last_is_the_newest_checkpoint_and_a_fresh_run_does_not_mix_with_it(tmp_
         resume(tmp_path, str(tmp_path))
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(InputError, match="no complete checkpoint in"):
+        resume(tmp_path, "last")
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="checkpoint-10 is not complete: going on from checkpoi"):
+        assert resume(tmp_path, "last") == str(tmp_path / "checkpoint-5")
+    with pytest.raises(InputError, match="holds checkpoint-10 of an earlier run"):
+        resume(tmp_path, None)
+
+
+def test_an_output_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output_dir .* cannot be used"):
-        resume(tmp_path / "file" / "folder", None)
+    # Not even root can write to the second.
+    for folder in (tmp_path / "file" / "folder", Path("/proc/self")):
+        with pytest.raises(InputError, match=r"--output_dir .* cannot be used"):
+            resume(folder, None)

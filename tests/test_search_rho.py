@@ -154,7 +154,7 @@ def test_the_script_searches_on_a_part_of_the_training_data_and_trains_with_the_
     assert found["best_sam_rho"] == rhos[scores.index(max(scores))]
     output = capsys.readouterr().out
     assert all(f"{rho:.4g}" in output for rho in rhos)
-    assert result.name == f"SAM (rho {found['best_sam_rho']:g})"
+    assert result.name == f"SAM (rho {found['best_sam_rho']:.4g})"
     assert not (tmp_path / "a" / "rho_search" / "model.safetensors").exists()
 
     # The search leaves no trace in the training that follows.

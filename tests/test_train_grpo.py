@@ -54,7 +54,8 @@ def test_prompts_are_all_different_and_the_same_every_time():
 
 
 def test_the_tokenizer_has_one_token_for_each_character_and_gives_them_back():
-    model, tokenizer = build_model(ModelArguments())
+    model, tokenizer = build_model(ModelArguments(), completion_length=100)
+    assert model.config.max_position_embeddings == 104  # a prompt has 4 characters
     tokens = tokenizer(CHARACTERS)["input_ids"]
     assert len(tokens) == len(set(tokens)) == len(CHARACTERS) == model.config.vocab_size - 2
     assert tokenizer.decode(tokens) == CHARACTERS
@@ -108,6 +109,9 @@ def test_a_run_that_is_resumed_before_its_first_log_goes_on(tmp_path):
     [
         ("--num_prompts 0", "--num_prompts must be 1 or more, got 0"),
         ("--num_generations 3", "generation_batch_size"),
+        ("--beta -1", "--beta must be 0 or more, got -1.0"),
+        ("--temperature 0", "--temperature must be above 0, got 0.0"),
+        ("--max_completion_length 0", "--max_completion_length must be 1 or more, got 0"),
         ("--sam_rho -1", "sam_rho=-1.0 is not allowed"),
         ("--num_promts 3", r"unknown option --num_promts \(did you mean --num_prompts\?\)"),
         ("--model_name_or_path nowhere", "--model_name_or_path 'nowhere'"),

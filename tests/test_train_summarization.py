@@ -13,6 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+from lm_data import train_tokenizer
 from script_utils import InputError, OptionParser
 from shared_arguments import ModelArguments
 from train_summarization import (
@@ -28,8 +29,7 @@ from train_summarization import (
 ROOT = Path(__file__).parents[1]
 TINY = (
     "--hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --use_cpu --save_strategy no "
-    "--per_device_train_batch_size 4 --per_device_eval_batch_size 512 --max_steps 2 "
-    "--generation_max_length 20"
+    "--per_device_train_batch_size 4 --per_device_eval_batch_size 512 --max_steps 2"
 )
 PAIRS = [
     {"text": "It rained all day long.", "summary": "Rain."},
@@ -91,6 +91,11 @@ def test_the_model_learns_where_a_summary_ends():
     assert tokenizer.decode(row["labels"], skip_special_tokens=True) == "Rain."
 
 
+def test_a_vocabulary_that_is_too_small_for_all_bytes_is_refused():
+    with pytest.raises(InputError, match=r"--vocab_size must be 260 \(all bytes\) .* got 259"):
+        train_tokenizer(iter(["text"]), 259)
+
+
 def test_the_built_in_summaries_are_the_first_sentences_of_docstrings():
     data = docstring_summaries()
     assert len(data) > 1000
@@ -113,7 +118,8 @@ def test_a_run_that_is_resumed_ends_where_it_would_have_ended(tmp_path, pairs):
 
 def test_generated_summaries_are_scored_by_rouge_l(tmp_path, pairs):
     pytest.importorskip("rouge_score")
-    options = f"--train_file {pairs} --validation_file {pairs} --predict_with_generate"
+    options = f"--train_file {pairs} --validation_file {pairs} --predict_with_generate "
+    options += "--generation_max_length 20"
     (result,) = run(
         tmp_path / "out", f"{options} --hidden_size 16 --max_steps 80 --learning_rate 1e-2"
     )
@@ -132,14 +138,25 @@ def test_without_rouge_score_generating_is_refused_in_one_line(tmp_path, pairs, 
     [
         ("--train_file {pairs} --summary_column sumary", r"'sumary' \(did you mean summary\?\)"),
         ("--text_column x", "--text_column has no effect on the built-in docstrings"),
+        (
+            "--train_file {pairs} --text_column summary",
+            "must be two columns, got 'summary' for both",
+        ),
+        ("--generation_num_beams 2", "--generation_num_beams has no effect without --predict"),
+        ("--generation_max_length 9", "--generation_max_length has no effect without --predict"),
         ("--max_target_length 1", "--max_target_length must be 2 or more, got 1"),
         ("--train_file nowhere.csv", "--train_file 'nowhere.csv': there is no such file"),
+        ("--train_file {tmp}", "--train_file '.*' is a directory"),
+        ("--train_file {tmp}/a.txt {pairs}", "must be of one kind, got json and text"),
+        ("--train_file {tmp}/a.csv", "cannot be loaded: .* Expected 2 fields in line 3, saw 3$"),
         ("--train_file {tmp}/none.jsonl", "'summary' of the training examples holds NoneType"),
         ("--train_file {pairs} --model_name_or_path nowhere", "--model_name_or_path 'nowhere'"),
         ("--sam_rho -1", "sam_rho=-1.0 is not allowed"),
     ],
 )
 def test_bad_input_is_refused_before_the_training(tmp_path, pairs, options, message):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.csv").write_text("text,summary\na,b\nc,d,e\n")
     (tmp_path / "none.jsonl").write_text('{"text": "a", "summary": null}\n' * 5)
     options = options.format(tmp=tmp_path, pairs=pairs)
     with pytest.raises(InputError, match=message):
