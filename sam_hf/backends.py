@@ -62,7 +62,7 @@ class Backend:
 
     def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
         """The numbers as one tensor, added up over the processes, which must all call this."""
-        # Not every device has float64, and no loss scale or norm is so small that it is needed.
+        # In float64 for float64 weights alone: not every device has it.
         total = torch.stack([n.detach().to(self._device, self.accumulate_in) for n in numbers])
         if self._accelerator.num_processes > 1:
             total = self._accelerator.reduce(total, reduction="sum")
