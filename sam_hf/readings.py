@@ -89,30 +89,32 @@ def measure(
     weights: list[Tensor],
     perturbation: list[Tensor],
     descent_grads: Sequence[Tensor | None],
-    dot: Dot,
+    dot_over: Callable[[Sequence[int]], Dot],
 ) -> dict[str, Tensor]:
     """|e|, where it was spent, and cos(g, g_s). Overwrites `perturbation`.
 
     Args:
+        names, groups: of the perturbed parameters. The lists of tensors go along with them.
         weights: w.
         perturbation: e, as it was applied.
         descent_grads: g_s; None where a parameter had no gradient in the descent pass.
+        dot_over: gives the inner product over the parameters at some positions.
     """
     squares = {}
     for group in PARAMETER_GROUPS:
-        members = [
-            e for e, its_group in zip(perturbation, groups, strict=True) if its_group == group
-        ]
-        if members:
-            squares[group] = dot(members, members)
+        if members := [i for i, its_group in enumerate(groups) if its_group == group]:
+            e = [perturbation[i] for i in members]
+            squares[group] = dot_over(members)(e, e)
     squared_norm = torch.stack(list(squares.values())).sum()
     values = {"perturbation_norm": squared_norm.sqrt()}
     if method.reports_shares:
         values.update((f"share_{group}", s / squared_norm) for group, s in squares.items())
 
     g = method.ascent_gradient(names, weights, perturbation)
-    pairs = [(x, y) for x, y in zip(g, descent_grads, strict=True) if y is not None]
+    pairs = [(i, y) for i, y in enumerate(descent_grads) if y is not None]
     if pairs:
-        with_grad, g_s = (list(side) for side in zip(*pairs, strict=True))
-        values["grad_cosine"] = dot(with_grad, g_s) / (dot(g, g) * dot(g_s, g_s)).sqrt()
+        members, g_s = (list(side) for side in zip(*pairs, strict=True))
+        every, dot = dot_over(range(len(g))), dot_over(members)
+        product = dot([g[i] for i in members], g_s)
+        values["grad_cosine"] = product / (every(g, g) * dot(g_s, g_s)).sqrt()
     return values

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .backends import Backend
+from .backends import backend_for
 from .config import SAMConfig
+from .methods import Dot
 from .params import parameter_groups, select_parameters
-from .readings import Readings
+from .perturbation import Perturbation, step_size
+from .readings import Readings, measure
 from .replay import BufferGuard, RecordedCall, Tape
 from .side_effects import undoing
 
@@ -23,22 +25,15 @@ class Run:
 
     Args:
         config: the options in force.
-        model: the model, not wrapped, so that its parameters have their own names.
-        optimizer: the optimizer, or None where there is none yet.
-        accelerator: Accelerate's, for the backend.
+        trainer: the Trainer, with its model and its optimizer as they are while it trains.
     """
 
-    def __init__(
-        self,
-        config: SAMConfig,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        accelerator: Any,
-    ) -> None:
+    def __init__(self, config: SAMConfig, trainer: Any) -> None:
+        model: nn.Module = trainer.model  # not wrapped: its parameters have their own names
         self.method = config.build_method()
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)
-        self.backend = Backend(list(self.perturbed.values()), accelerator)
+        self.backend = backend_for(trainer, list(self.perturbed.values()))
         self.tape = Tape(self.backend.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
@@ -50,7 +45,7 @@ class Run:
         self._sharpness: Tensor | None = None
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         # A loss may own parameters that are not the model's: their gradients are replayed too.
-        groups = optimizer.param_groups if optimizer is not None else []
+        groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
         in_optimizer = (p for group in groups for p in group["params"])
         self._in_model = list(model.parameters())
         self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
@@ -102,28 +97,65 @@ class Run:
             )
 
     # `.grad` can only be read and set one parameter at a time, here and below.
-    def perturbed_with_gradient(self) -> tuple[list[str], list[Tensor]]:
-        """The names and weights of the perturbed parameters that have a gradient.
+    def perturbed_with_gradient(self) -> dict[str, Tensor]:
+        """The perturbed parameters that have a gradient, by their names.
 
         Raises:
             RuntimeError: none ever had one, or a gradient is sparse.
         """
-        names = [name for name, p in self.perturbed.items() if p.grad is not None]
-        self._has_perturbed |= bool(names)
+        found: dict[str, Tensor] = {n: p for n, p in self.perturbed.items() if p.grad is not None}
+        self._has_perturbed |= bool(found)
         if not self._has_perturbed:
             raise RuntimeError(
                 "No perturbed parameter has a gradient after the first ascent pass. Either the "
                 "loss does not depend on those that sam_params selects, or the optimizer consumes "
                 "gradients inside backward: choose an optim that steps after it, or set sam_rho=0."
             )
-        weights: list[Tensor] = [self.perturbed[name] for name in names]
-        sparse = [n for n, w in zip(names, weights, strict=True) if _has_sparse_gradient(w)]
-        if sparse:
+        if sparse := [name for name, p in found.items() if _has_sparse_gradient(p)]:
             raise RuntimeError(
                 f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Make it "
                 "with sparse=False, or set sam_rho=0."
             )
-        return names, weights
+        return found
+
+    @torch.no_grad()
+    def perturb(
+        self,
+        perturbed: dict[str, Tensor],
+        perturbation: Perturbation,
+        rho: float,
+        is_measured: bool,
+    ) -> Tensor:
+        """Write w + e, from the gradients in `.grad`; the factor that made e of the direction.
+
+        What is made of g dies here, so that its memory is free for g_s.
+        """
+        parameters = list(perturbed.values())
+        dot = self.backend.dot_over(parameters)
+        grads = self.backend.gradients(parameters)
+        if is_measured:
+            norm = dot(grads, grads).sqrt()
+            self.readings.set(ascent_grad_norm=self.backend.unscaled(norm))
+        direction, squared_norm = self.method.direction(
+            list(perturbed), perturbation.weights, grads, dot
+        )
+        scale = step_size(rho, squared_norm)
+        perturbation.apply(direction, scale)
+        return scale
+
+    @torch.no_grad()
+    def measure(self, perturbed: dict[str, Tensor], perturbation: Perturbation) -> None:
+        """Take the readings that need e and g_s. w must be put back afterwards."""
+        assert perturbation.saved is not None
+        names, parameters = list(perturbed), list(perturbed.values())
+        w, e = perturbation.saved, perturbation.difference_()
+        g_s = self.backend.descent_gradients(parameters)
+        groups = [self.groups[name] for name in names]
+
+        def dot_over(members: Sequence[int]) -> Dot:
+            return self.backend.dot_over([parameters[i] for i in members])
+
+        self.readings.set(**measure(self.method, names, groups, w, e, g_s, dot_over))
 
     def forget_calls_without_gradient(self) -> None:
         """Drop recorded calls if somebody has cleared the gradients that they left.

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .backends import Perturbation, refuse_what_cannot_work, step_size
+from .backends import refuse_what_cannot_work
 from .config import SAMConfig
 from .guard import RunGuard, checked_space
 from .integrations import activation_offloading, sampling_policy_kept
+from .perturbation import Perturbation
 from .publishing import PublishingMixin
-from .readings import log_is_due, measure
+from .readings import log_is_due
 from .replay import RandomState, RecordedCall
 from .run import Run
 from .side_effects import SideEffects, shadowed, undoing
@@ -98,8 +99,7 @@ class SAMTrainerMixin(PublishingMixin):
             refuse_what_cannot_work(self, self.sam_config.sam_params)
 
     def _sam_new_run(self) -> Run:
-        assert self.model is not None  # Trainer has seen to it
-        return Run(self.sam_config, self.model, self.optimizer, self.accelerator)
+        return Run(self.sam_config, self)
 
     # ---- One run -----------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class SAMTrainerMixin(PublishingMixin):
             run.buffers.watch()
         # With an e of its own, a micro-batch must not see the gradient of those before it.
         with run.gradients_set_aside() if each_alone else nullcontext():
-            with run.backend.local_gradients(model) if each_alone else nullcontext():
+            with run.backend.ascent(model, each_alone):
                 loss = self._sam_ascent(run, model, inputs, num_items_in_batch)
             if each_alone or run.backend.is_end_of_update:
                 self._sam_descent(run, model, each_alone)
@@ -177,14 +177,19 @@ class SAMTrainerMixin(PublishingMixin):
         """The pass at w + e: leaves g_s in `.grad`, and everything else as the ascent left it."""
         calls = run.tape.take()
         ascent_loss = run.take_ascent_loss()
-        names, weights = run.perturbed_with_gradient()
-        is_measured = self._sam_is_measured(run)
-        # These examples do not touch what is perturbed: e is 0, and g is g_s. But where the ascent
-        # was not reduced, the other processes wait for the pass that is.
-        if not names and not (each_alone and run.backend.reduces_gradients):
+        perturbed = run.perturbed_with_gradient()
+        # These examples may not touch what is perturbed: then e is 0, and g is g_s.
+        if not perturbed and not run.backend.descent_is_awaited(each_alone):
             return
-        perturbation, with_gradients = Perturbation(weights), torch.is_grad_enabled()
+        is_measured = bool(perturbed) and self._sam_is_measured(run)
+        perturbation = Perturbation(run.backend.local(list(perturbed.values())))
+        with_gradients = torch.is_grad_enabled()
         is_complete = False
+
+        def put_back() -> None:
+            if is_measured and perturbation.saved is not None:
+                run.measure(perturbed, perturbation)
+            perturbation.restore()
 
         def undo() -> None:
             torch.set_grad_enabled(with_gradients)  # an interrupt may have struck a `no_grad`
@@ -193,35 +198,29 @@ class SAMTrainerMixin(PublishingMixin):
                 run.discard_update()  # a part of g_s is no gradient to step with
 
         with undoing(undo):
-            if names:
-                self._sam_perturb(run, names, perturbation, is_measured)
+            if perturbed:
+                self._sam_perturb(run, perturbed, perturbation, is_measured)
             run.clear_gradients()
-            if run.backend.reduces_gradients:  # those of earlier micro-batches are reduced as well
+            if run.backend.reduces_kept_gradients:
                 run.put_back_gradients()
-            descent_loss = self._sam_replay(run, model, calls)
-            if is_measured and names:
-                self._sam_measure(run, names, perturbation)
+            with run.backend.descent(put_back):
+                descent_loss = self._sam_replay(run, model, calls, each_alone)
             is_complete = True
         run.add_sharpness(descent_loss - ascent_loss, is_last=run.backend.is_end_of_update)
 
     # ---- The parts of the second pass --------------------------------------------------------
 
     def _sam_perturb(
-        self, run: Run, names: list[str], perturbation: Perturbation, is_measured: bool
+        self,
+        run: Run,
+        perturbed: dict[str, Tensor],
+        perturbation: Perturbation,
+        is_measured: bool,
     ) -> None:
-        """w becomes w + e. What is made of g dies here, so that its memory is free for g_s."""
-        weights, backend = perturbation.weights, run.backend
-        with torch.no_grad():
-            grads = backend.gradients(weights)
-            if is_measured:
-                run.readings.set(
-                    ascent_grad_norm=backend.unscaled(backend.dot(grads, grads).sqrt())
-                )
-            direction, squared_norm = run.method.direction(names, weights, grads, backend.dot)
-            scale = step_size(self.sam_config.sam_rho, squared_norm)
-            perturbation.apply(direction, scale)
+        """w becomes w + e."""
+        scale = run.perturb(perturbed, perturbation, self.sam_config.sam_rho, is_measured)
         # Waits for the device until it has warned. An e of 0 (fp16 may overflow) tells nothing.
-        if backend.half and not self._sam_warned_of_rounding and scale.item() != 0:
+        if run.backend.half and not self._sam_warned_of_rounding and scale.item() != 0:
             self._sam_warned_of_rounding = True
             warnings.warn(
                 f"Some perturbed weights are stored in half precision, where "
@@ -231,7 +230,9 @@ class SAMTrainerMixin(PublishingMixin):
                 stacklevel=2,
             )
 
-    def _sam_replay(self, run: Run, model: nn.Module, calls: list[RecordedCall]) -> Tensor:
+    def _sam_replay(
+        self, run: Run, model: nn.Module, calls: list[RecordedCall], each_alone: bool
+    ) -> Tensor:
         """Run the recorded calls through the base training step; the sum of their losses."""
         config = self.sam_config
         losses, flos = [], 0
@@ -251,7 +252,7 @@ class SAMTrainerMixin(PublishingMixin):
                 # The inputs were prepared before they were recorded.
                 with (
                     shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs),
-                    run.backend.local_gradients(model) if i < len(calls) else nullcontext(),
+                    run.backend.replaying(model, i == len(calls), each_alone),
                 ):
                     losses.append(Trainer.training_step(self, model, {}, call.num_items_in_batch))
         self.current_flos += flos  # the loop counts the ascent alone
@@ -283,14 +284,6 @@ class SAMTrainerMixin(PublishingMixin):
         return run.backend.is_end_of_update and log_is_due(
             self.args, self.state, self.sam_config.sam_interval, run.backend.is_end_of_epoch
         )
-
-    @torch.no_grad()
-    def _sam_measure(self, run: Run, names: list[str], perturbation: Perturbation) -> None:
-        assert perturbation.saved is not None
-        e = perturbation.difference_()
-        w, g_s = perturbation.saved, [run.perturbed[name].grad for name in names]
-        groups = [run.groups[name] for name in names]
-        run.readings.set(**measure(run.method, names, groups, w, e, g_s, run.backend.dot))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's `log`, with the readings of SAM beside the training loss."""

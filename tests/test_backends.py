@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from sam_hf.backends import Backend, Perturbation, step_size
+from sam_hf.backends import Backend
+from sam_hf.perturbation import Perturbation, step_size
 
 
 def parameters(*shapes, dtype=torch.float32):

@@ -24,6 +24,7 @@ ORDER = [
     "config",
     "model_card",
     "publishing",
+    "perturbation",
     "backends",
     "readings",
     "run",
@@ -40,8 +41,10 @@ def imports(path):
         if isinstance(node, ast.Import):
             outside |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
+            if node.level > len(path.relative_to(PACKAGE).parts) - 1:  # not of its own folder
                 inside.add(node.module or "")
+            elif node.level:
+                continue
             else:
                 outside.add(node.module)
     return inside, outside
@@ -52,7 +55,11 @@ def layer(path):
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
-MATHS = [path for path in FILES if layer(path) in ("methods", "replay", "params", "side_effects")]
+MATHS = [
+    path
+    for path in FILES
+    if layer(path) in ("methods", "replay", "params", "side_effects", "perturbation")
+]
 
 
 @pytest.mark.parametrize("path", MATHS, ids=lambda p: str(p.relative_to(PACKAGE)))

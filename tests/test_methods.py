@@ -12,8 +12,9 @@ from reference_sam import sam_perturbation
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 
 from sam_hf import SAMConfig
-from sam_hf.backends import Backend, Perturbation, step_size
+from sam_hf.backends import Backend
 from sam_hf.methods import METHODS
+from sam_hf.perturbation import Perturbation, step_size
 
 RHO = 0.7
 NAMES = ["layer.weight", "layer.bias", "norm.weight"]
@@ -115,7 +116,7 @@ def test_the_norm_is_that_of_all_parameters_together(name):
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_zero_or_non_finite_gradient_perturbs_nothing(name, bad, dtype, waits, monkeypatch):
     # `waits`: the path of a device whose numbers cannot be read without waiting for it
-    monkeypatch.setattr("sam_hf.backends._reading_is_free", lambda number: not waits)
+    monkeypatch.setattr("sam_hf.perturbation._reading_is_free", lambda number: not waits)
     w, g = tensors(1, dtype), tensors(2, dtype)
     if bad == 0.0:
         g = [torch.zeros_like(x) for x in g]
@@ -128,7 +129,7 @@ def test_a_zero_or_non_finite_gradient_perturbs_nothing(name, bad, dtype, waits,
 def test_a_device_that_must_not_be_waited_for_gets_the_same_perturbation(name, monkeypatch):
     w, g = tensors(1), tensors(2)
     expected = perturbed(name, w, g)
-    monkeypatch.setattr("sam_hf.backends._reading_is_free", lambda number: False)
+    monkeypatch.setattr("sam_hf.perturbation._reading_is_free", lambda number: False)
     for a, b in zip(perturbed(name, w, g), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 

@@ -122,9 +122,9 @@ def test_every_training_log_holds_every_reading(args, sam, expected):
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_readings_are_measured_only_where_a_log_shows_them(scope, args, expected, monkeypatch):
     measured = []
-    real = sam_hf.trainer.measure
+    real = sam_hf.run.measure
     monkeypatch.setattr(
-        sam_hf.trainer, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
+        sam_hf.run, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
     )
     sam = {"sam_scope": scope}
     trainer = sam_trainer(Classifier(), examples(16), sam=sam, max_steps=8, **args)
@@ -146,7 +146,7 @@ class CountsReads(TorchDispatchMode):
 @pytest.mark.parametrize("method", ["sam", "asam"])
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, monkeypatch):
-    monkeypatch.setattr("sam_hf.backends._reading_is_free", lambda number: False)
+    monkeypatch.setattr("sam_hf.perturbation._reading_is_free", lambda number: False)
 
     class CountingSAM(SAMTrainer):
         reads: tuple = ()

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from sam_hf import SAMTrainer, backends, with_sam
+from sam_hf import SAMTrainer, with_sam
+from sam_hf.backends import refusals
 
 LEFT_OFF = pytest.mark.parametrize("rho", [0.0, 0.1], ids=["off", "on"])
 
@@ -67,26 +68,29 @@ def several_processes(trainer: Any) -> None:
     )
 
 
-def several_devices(trainer: Any) -> None:
-    trainer.args._n_gpu = 2
+def deepspeed(stage: int) -> Callable[[Any], None]:
+    def say(trainer: Any) -> None:
+        trainer.is_deepspeed_enabled = True
+        plugin = SimpleNamespace(zero_stage=stage)
+        trainer.accelerator = Proxy(
+            trainer.accelerator, state=SimpleNamespace(deepspeed_plugin=plugin)
+        )
+
+    return say
 
 
-def deepspeed(trainer: Any) -> None:
-    trainer.is_deepspeed_enabled = True
-
-
-def split_model() -> nn.Module:
-    model = Classifier()
-    model.hf_device_map = {"first": 0, "second": 1}
-    return model
+def fsdp1(trainer: Any) -> None:
+    trainer.is_fsdp_enabled = True
+    plugin = SimpleNamespace(fsdp_version=1)
+    trainer.accelerator = Proxy(trainer.accelerator, state=SimpleNamespace(fsdp_plugin=plugin))
 
 
 LAYOUTS = {
-    "deepspeed": (deepspeed, "DeepSpeed steps inside backward.*Train without `deepspeed`"),
+    "ZeRO-3": (deepspeed(3), "ZeRO stage 3.*zero_stage 0, 1 or 2.*FSDP2"),
+    "FSDP1": (fsdp1, "fsdp_version=1.*Set fsdp_version=2"),
     "context parallelism": (parallel(cp_enabled=True), "cut the inputs.*Set cp_size=1"),
     "sequence parallelism": (parallel(sp_enabled=True), "cut the inputs.*sp_size=1"),
-    "processes": (several_processes, "layout XLA.*2 processes.*Use DDP"),
-    "devices": (several_devices, "one device.*2 devices.*a process for each device"),
+    "processes": (several_processes, "layout XLA.*2 processes.*Use DDP or FSDP2"),
 }
 
 
@@ -112,14 +116,20 @@ def test_a_layout_that_cannot_work_raises_at_construction_and_is_let_pass_withou
     build(rho, trainer_class=with_accelerator(says), match=match)
 
 
-@LEFT_OFF
-def test_a_model_split_over_devices_raises_at_construction(rho):
-    build(rho, model=split_model(), match="model split by device_map.*a process for each device")
+def test_reentrant_checkpointing_beside_deepspeed_raises_at_construction():
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    model = Classifier()
+    model.gradient_checkpointing_enable = lambda *args, **kwargs: None
+    says = with_accelerator(deepspeed(2))
+    build(0.1, model=model, trainer_class=says, match="use_reentrant=True", **checkpointing)
 
 
 @LEFT_OFF
 def test_sagemaker_model_parallelism_raises_at_construction(rho, monkeypatch):
-    monkeypatch.setattr(backends, "is_sagemaker_mp_enabled", lambda: True)
+    monkeypatch.setattr(refusals, "is_sagemaker_mp_enabled", lambda: True)
     build(rho, match="SageMaker.*without compute_loss.*Train without it")
 
 

@@ -1,0 +1,31 @@
+"""Where the weights live: what each layout of processes and shards needs done differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .deepspeed import DeepSpeedBackend
+from .refusals import refuse_what_cannot_work
+from .replicated import Backend
+from .sharded import ShardedBackend
+
+__all__ = ["Backend", "backend_for", "refuse_what_cannot_work"]
+
+
+def backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
+    """The backend for the layout in which `trainer` runs.
+
+    Args:
+        trainer: a Trainer that has prepared its model.
+        weights: the perturbed parameters.
+    """
+    accelerator, n_devices = trainer.accelerator, trainer.args.n_gpu
+    if trainer.is_deepspeed_enabled:
+        return DeepSpeedBackend(weights, accelerator, n_devices)
+    if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
+        return ShardedBackend(weights, accelerator, n_devices)
+    return Backend(weights, accelerator, n_devices)

@@ -1,0 +1,107 @@
+"""What cannot be trained with SAM, said before it does harm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.utils import DistributedType
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.training_args import OptimizerNames
+from transformers.utils.import_utils import is_sagemaker_mp_enabled
+
+from ..params import select_parameters, sparse_parameters
+
+_SUPPORTED = {
+    DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_HPU,
+    DistributedType.MULTI_MLU,
+    DistributedType.MULTI_MUSA,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_SDAA,
+    DistributedType.MULTI_XPU,
+}
+_STEPS_INSIDE_BACKWARD = {
+    OptimizerNames.LOMO,
+    OptimizerNames.ADALOMO,
+    OptimizerNames.GALORE_ADAMW_LAYERWISE,
+    OptimizerNames.GALORE_ADAMW_8BIT_LAYERWISE,
+    OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
+    OptimizerNames.APOLLO_ADAMW_LAYERWISE,
+}
+
+
+def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
+    """Raise where a SAM update would be wrong, with the reason and the way out.
+
+    Raises:
+        ValueError: the optimizer, the layout or the model cannot take part.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    optimizer = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    by_name = args.optim in _STEPS_INSIDE_BACKWARD
+    by_type = issubclass(optimizer, LayerWiseDummyOptimizer)
+    if by_name or by_type or optimizer.__name__.lower() in ("lomo", "adalomo"):
+        what = f"optim={args.optim.value!r}" if by_name else f"The optimizer {optimizer.__name__}"
+        raise ValueError(
+            f"{what} updates the weights inside backward, before SAM has the gradient at w + e. "
+            "Choose an optim that steps after backward, such as 'adamw_torch' or 'adafactor', or "
+            "set sam_rho=0."
+        )
+    if is_sagemaker_mp_enabled():
+        raise ValueError(
+            "SageMaker model parallelism runs forward and backward in one call of its own, without "
+            "compute_loss. Train without it, or set sam_rho=0."
+        )
+    if trainer.is_deepspeed_enabled:
+        _refuse_deepspeed(trainer)
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "Context and sequence parallelism cut the inputs inside the training step, so that it "
+            "cannot be replayed. Set cp_size=1 and sp_size=1 in `parallelism_config`, or sam_rho=0."
+        )
+    if trainer.is_fsdp_enabled and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={accelerator.state.fsdp_plugin.fsdp_version}: FSDP1 keeps the weights "
+            "in flat buffers, which SAM does not support. Set fsdp_version=2 (`fsdp_config`: "
+            '"version": 2), or sam_rho=0.'
+        )
+    kind = accelerator.distributed_type
+    if accelerator.num_processes > 1 and kind not in _SUPPORTED:
+        raise ValueError(
+            f"SAM does not support the layout {kind.value} of this run with "
+            f"{accelerator.num_processes} processes. Use DDP or FSDP2, or set sam_rho=0."
+        )
+    handler = accelerator.ddp_handler
+    is_static = accelerator.num_processes > 1 and handler is not None and handler.static_graph
+    if is_static and trainer.sam_config.sam_scope == "micro_batch":
+        raise ValueError(
+            "sam_scope='micro_batch' takes its ascent without a reduction over the processes, "
+            "which DDP cannot do with a static graph. Set ddp_static_graph=False, "
+            "sam_scope='batch' or sam_rho=0."
+        )
+    perturbed = select_parameters(trainer.model, sam_params)
+    if sparse := sorted(sparse_parameters(trainer.model) & perturbed.keys()):
+        raise ValueError(
+            f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Build the "
+            "embedding with sparse=False, or set sam_rho=0."
+        )
+
+
+def _refuse_deepspeed(trainer: Any) -> None:
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin.zero_stage not in (0, 1, 2):
+        raise ValueError(
+            f"DeepSpeed's ZeRO stage {plugin.zero_stage} shards the weights behind an interface of "
+            "its own, through which SAM cannot perturb them safely. Allowed: zero_stage 0, 1 or 2. "
+            "To shard weights use FSDP2 (`fsdp`), or set sam_rho=0."
+        )
+    options = trainer.args.gradient_checkpointing_kwargs or {}
+    if trainer.args.gradient_checkpointing and options.get("use_reentrant"):
+        raise ValueError(
+            "use_reentrant=True in gradient_checkpointing_kwargs does not allow the gradients of "
+            "the ascent to be computed beside DeepSpeed. Set use_reentrant=False, or sam_rho=0."
+        )

@@ -1,0 +1,142 @@
+"""Each process holds all weights: one process alone, several devices in one, and DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..methods import Dot
+from ..perturbation import HALF
+
+
+class Backend:
+    """Numbers over all weights, and what the processes have to say to each other.
+
+    The maths of the methods receives one primitive, `dot`, and never asks where it runs. The other
+    layouts derive from this one and say what they do differently.
+
+    Args:
+        weights: the perturbed parameters.
+        accelerator: Accelerate's, which knows the processes and the loss scale.
+        n_devices: the accelerators that this process spreads its batches over (`DataParallel`).
+    """
+
+    def __init__(
+        self, weights: Sequence[nn.Parameter], accelerator: Accelerator, n_devices: int = 1
+    ) -> None:
+        self._accelerator = accelerator
+        self._device = weights[0].device if weights else torch.device("cpu")
+        is_double = any(w.dtype is torch.float64 for w in weights)
+        self.accumulate_in = torch.float64 if is_double else torch.float32
+        self.rng_devices = {w.device for w in weights if w.device.type != "cpu"}
+        if self.rng_devices and n_devices > 1:
+            self.rng_devices |= {torch.device(self._device.type, i) for i in range(n_devices)}
+        self.half = any(w.dtype in HALF for w in weights)
+
+    # ---- Where in the run --------------------------------------------------------------------
+
+    @property
+    def is_end_of_update(self) -> bool:
+        """Whether this micro-batch is the last one of its update."""
+        return bool(self._accelerator.sync_gradients)
+
+    @property
+    def is_end_of_epoch(self) -> bool:
+        loader = self._accelerator.gradient_state
+        return bool(loader.end_of_dataloader or not loader.in_dataloader)
+
+    # ---- The passes --------------------------------------------------------------------------
+
+    @property
+    def reduces_kept_gradients(self) -> bool:
+        """Whether the next backward pass sums up over the processes all that `.grad` holds, also
+        what earlier micro-batches have left there."""
+        return self._accelerator.num_processes > 1 and self.is_end_of_update
+
+    def descent_is_awaited(self, each_alone: bool) -> bool:
+        """Whether the pass at w + e must run even where nothing was perturbed in this process.
+
+        Where the ascent was not reduced, the other processes wait for the pass that is.
+        """
+        return each_alone and self.reduces_kept_gradients
+
+    def ascent(self, model: nn.Module, each_alone: bool) -> AbstractContextManager[Any]:
+        """Around the pass at w, forward and backward.
+
+        With `each_alone`, the micro-batch has an e of its own, and its gradient stays here.
+        """
+        return self._without_reduction(model) if each_alone else nullcontext()
+
+    def replaying(
+        self, model: nn.Module, is_last: bool, each_alone: bool
+    ) -> AbstractContextManager[Any]:
+        """Around each pass at w + e. Only the last one of the scope reduces, for all of them."""
+        return nullcontext() if is_last else self._without_reduction(model)
+
+    @contextmanager
+    def _without_reduction(self, model: nn.Module) -> Iterator[None]:
+        with self._accelerator.no_sync(model):
+            yield
+
+    @contextmanager
+    def descent(self, put_back: Callable[[], None]) -> Iterator[None]:
+        """Around all passes at w + e: calls `put_back` when g_s is complete, before any step."""
+        yield
+        put_back()
+
+    # ---- Reading and writing -----------------------------------------------------------------
+
+    def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What this process holds of the weights: tensors that share their memory."""
+        return [w.detach() for w in weights]
+
+    def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """g for the method to work on. fp16 cannot hold T² g (below 6e-8 it is 0): it gets fp32."""
+        grads = self.local([w.grad for w in weights if w.grad is not None])
+        return [g.float() if g.dtype is torch.float16 else g for g in grads]
+
+    def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
+        """g_s, where this layout lets it be read; of as many tensors as `weights` has."""
+        return [None if w.grad is None else self.local([w.grad])[0] for w in weights]
+
+    def unscaled(self, norm: Tensor) -> Tensor:
+        """A norm of gradients without the factor of fp16's loss scaling."""
+        scaler = self._accelerator.scaler
+        return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+
+    # ---- Numbers -----------------------------------------------------------------------------
+
+    def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
+        """The numbers as one tensor, added up over the processes, which must all call this."""
+        # In float64 for float64 weights alone: not every device has it.
+        total = torch.stack([n.detach().to(self._device, self.accumulate_in) for n in numbers])
+        if self._accelerator.num_processes > 1:
+            total = self._accelerator.reduce(total, reduction="sum")
+        return total
+
+    def dot_over(self, weights: Sequence[Tensor]) -> Dot:
+        """The inner product of lists that have one tensor for each of these weights."""
+        return self.dot
+
+    def dot(self, xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+        """The inner product over all tensors, accumulated in fp32 (float64 for float64 weights)."""
+        if not xs:
+            return torch.zeros((), dtype=self.accumulate_in, device=self._device)
+        if xs is ys and xs[0].device.type != "cpu":
+            norms = torch._foreach_norm(xs, 2, dtype=self.accumulate_in)
+            return torch.stack([n.to(self._device) for n in norms]).square_().sum()
+        # There is no multi-tensor inner product, and one made of multi-tensor operations would
+        # write a copy of the weights. On a CPU this is also the norm: `vector_norm` adds up one
+        # after the other, which is slower and, on 1e6 numbers, fifty times less exact.
+        products = [
+            torch.linalg.vecdot(
+                x.flatten().to(self.accumulate_in), y.flatten().to(self.accumulate_in)
+            ).to(self._device)
+            for x, y in zip(xs, ys, strict=True)
+        ]
+        return torch.stack(products).sum()
