@@ -24,6 +24,11 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
 
 
+def plain(name: str) -> str:
+    """A parameter's name without the marks of activation checkpointing and compiled regions."""
+    return re.sub(r"(?:^|(?<=\.))(?:_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+
+
 def parameter_groups(model: nn.Module) -> dict[str, str]:
     """The group of each parameter of the model, by name: one of `PARAMETER_GROUPS`.
 
@@ -44,7 +49,7 @@ def parameter_groups(model: nn.Module) -> dict[str, str]:
                 group = "embeddings"
             else:
                 group = "biases" if parameter.ndim <= 1 else "matrices"
-            groups[f"{module_name}.{name}" if module_name else name] = group
+            groups[plain(f"{module_name}.{name}" if module_name else name)] = group
     return groups
 
 
@@ -61,9 +66,10 @@ def select_parameters(model: nn.Module, sam_params: str) -> dict[str, nn.Paramet
         chosen = set(groups)
     else:
         chosen = {name for name in groups if re.search(sam_params, name)}
-    selected = {name: p for name, p in model.named_parameters() if name in chosen}
+    named = [(plain(name), p) for name, p in model.named_parameters()]
+    selected = {name: p for name, p in named if name in chosen}
     if not any(p.requires_grad for p in selected.values()):
-        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        trainable = [name for name, p in named if p.requires_grad]
         raise ValueError(
             f"sam_params={sam_params!r} selects no trainable parameter of {type(model).__name__}. "
             f"Allowed: 'all', 'norms', 'matrices' or a regular expression on parameter names, such "
@@ -75,7 +81,7 @@ def select_parameters(model: nn.Module, sam_params: str) -> dict[str, nn.Paramet
 def sparse_parameters(model: nn.Module) -> set[str]:
     """The names of trainable embedding tables whose gradients are sparse tensors."""
     return {
-        f"{name}.weight" if name else "weight"
+        plain(f"{name}.weight" if name else "weight")
         for name, module in model.named_modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         and module.sparse

@@ -162,7 +162,7 @@ class Run:
 
         That is so after a failure that the trainer's caller has swallowed.
         """
-        if len(self.tape) and all(p.grad is None for p in self._in_model):
+        if len(self.tape) and not self.backend.holds_gradients(self._in_model):
             self.discard_update()
 
     def discard_update(self) -> None:

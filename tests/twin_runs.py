@@ -45,14 +45,19 @@ def share(model: nn.Module):
 
 
 def by_the_twin(
-    model: nn.Module, updates: list[list[Any]], rho: float = RHO, clip: float = 0.0, **options: Any
+    model: nn.Module,
+    updates: list[list[Any]],
+    rho: float = RHO,
+    clip: float = 0.0,
+    step: Any = sam_step,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """SGD on g_s of the float64 twin. Each update is a list of functions of the parameters."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, w = list(trained), [p.detach().clone() for p in trained.values()]
     for shares in updates:
         as_lists = [lambda w, f=f: f(dict(zip(names, w, strict=True))) for f in shares]
-        g_s, _ = sam_step(w, as_lists, rho, **options)
+        g_s, _ = step(w, as_lists, rho, **options)
         g_s = clip_by_global_norm(g_s, clip)[0] if clip else g_s
         w = [w_i if g_i is None else w_i - 0.1 * g_i for w_i, g_i in zip(w, g_s, strict=True)]
     return dict(zip(names, w, strict=True))
@@ -71,3 +76,16 @@ def means(model: nn.Module, windows: list[list[list[Any]]]) -> list[list[Any]]:
 def assert_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
     actual = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert_close(actual, expected, rtol=1e-11, atol=1e-13)
+
+
+def token_means(model: nn.Module, windows: list[list[list[Any]]]) -> list[list[Any]]:
+    """The same of a loss that is a mean over the tokens of the whole update."""
+    loss = share(model)
+
+    def part(rows: list[Any], count: Tensor) -> Any:
+        return lambda w: loss(w, default_collate(rows), num_items_in_batch=count)
+
+    def tokens(window: list[list[Any]]) -> Tensor:
+        return sum((row["labels"] != -100).sum() for rows in window for row in rows)
+
+    return [[part(rows, tokens(window)) for rows in window] for window in windows]

@@ -95,6 +95,10 @@ class Backend:
         """What this process holds of the weights: tensors that share their memory."""
         return [w.detach() for w in weights]
 
+    def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
+        """Whether micro-batches of the current update may have left gradients."""
+        return any(w.grad is not None for w in weights)
+
     def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """g for the method to work on. fp16 cannot hold T² g (below 6e-8 it is 0): it gets fp32."""
         grads = self.local([w.grad for w in weights if w.grad is not None])

@@ -89,6 +89,9 @@ class ShardedBackend(Backend):
         finally:
             self._accelerator.sync_gradients = before
 
+    def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
+        return True  # FSDP2 keeps those that are not reduced yet, out of sight
+
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [w.to_local().detach() if isinstance(w, DTensor) else w.detach() for w in weights]
 

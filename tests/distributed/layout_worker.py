@@ -1,0 +1,149 @@
+"""One process of runs in layouts that shard: trains every case, and saves what it saw.
+
+`torchrun --nproc_per_node 2 layout_worker.py cases.json folder`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from sharded_models import ShardedClassifier, TiedLanguageModel, TinyConfig
+from tiny import arguments, examples, sentences
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.distributed import DistributedConfig
+
+from sam_hf import SAMConfig, SAMTrainer
+from sam_hf.params import plain
+
+torch.set_num_threads(1)
+MODELS = {"classifier": ShardedClassifier, "language": TiedLanguageModel}
+PLANS = {
+    "classifier": {"first": "free_full_weight", "second": "keep_full_weight"},
+    "language": {"middle": "free_full_weight"},
+}
+
+
+def local(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of what this process holds of the parameters."""
+    return {
+        name: (p.to_local() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained parameters, put together from all processes."""
+    return {
+        plain(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+class Watch(TrainerCallback):
+    """Sees to it that each optimizer step starts from the w with which its update began."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, torch.Tensor] = {}
+        self.is_restored = True
+        self.updates = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.before = local(model)
+
+    def look(self, model: torch.nn.Module) -> None:
+        now = local(model)
+        self.updates += 1
+        self.is_restored &= all(torch.equal(now[n], v) for n, v in self.before.items())
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any, **_: Any
+    ) -> None:
+        if not args.deepspeed:  # it has stepped by now
+            self.look(model)
+
+
+def untrained(case: dict[str, Any], model: Any = None) -> Any:
+    """The model of a case, the same in every process, or what it makes of `model`."""
+    if model is None:
+        torch.manual_seed(0)
+        model = MODELS[case.get("model", "classifier")](TinyConfig())
+    if "lora" in case:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(init_lora_weights=False, **case["lora"]))
+    for name in case.get("unfrozen", []):
+        model.get_parameter(name).requires_grad_()
+    return model
+
+
+def build(case: dict[str, Any], folder: Path) -> Any:
+    """The trainer of a case."""
+    kind, layout = case.get("model", "classifier"), case["layout"]
+    args = arguments(ddp_backend="gloo", ddp_timeout=40, **case["args"])
+    args.device  # noqa: B018 - starts the processes
+    if layout == "fsdp2-load":
+        place = folder / "models" / kind
+        if dist.get_rank() == 0:
+            untrained({"model": kind}).save_pretrained(place)
+        dist.barrier()
+        config = DistributedConfig(**{"fsdp_size": 2, "fsdp_plan": PLANS[kind]} | case["config"])
+        model = MODELS[kind].from_pretrained(place, dtype=torch.float64, distributed_config=config)
+        model = untrained(case, model)
+    else:
+        model = untrained(case)
+    if layout == "fsdp2":
+        # On a CPU, Accelerate turns FSDP off without a word. It goes by this name.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    data = examples(48) if kind == "classifier" else sentences(48)
+    watch = Watch()
+    trainer = SAMTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        sam_config=SAMConfig(**case["sam"]),
+        callbacks=[watch],
+    )
+    trainer.watch = watch
+    return trainer
+
+
+def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    trainer = build(case, folder)
+    trainer.train()
+    return {
+        "world_size": dist.get_world_size(),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "weights": whole(trainer.model),
+        "logs": trainer.state.log_history,
+        "is_restored": trainer.watch.is_restored and trainer.watch.updates > 0,
+    }
+
+
+if __name__ == "__main__":
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = {}
+    for name, case in cases.items():
+        try:
+            results[name] = train(case, folder)
+        except (ValueError, RuntimeError) as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}"}
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    torch.save(results, folder / f"rank{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,121 @@
+"""FSDP2: the shards of two processes are those of the float64 twin, which knows nothing of them.
+
+Once for models that `from_pretrained(distributed_config=...)` has sharded, once for the Trainer's
+`fsdp` option. On a CPU, Accelerate turns the latter off without a word, so that the worker gives
+the processes the name of a GPU's; the collectives are gloo's in both.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from layouts import DISTRIBUTED, PROCESSES, launch, windows
+from reference_asam import asam_step
+from reference_sam import sam_step
+from tiny import examples, sentences
+from torch.testing import assert_close
+from twin_runs import by_the_twin, means, token_means
+
+sys.path.insert(0, str(DISTRIBUTED))
+
+from layout_worker import untrained
+
+RHO = 0.3
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear"]}}
+
+
+def case(layout: str, scope: str = "batch", steps: int = 1, **more: Any) -> dict[str, Any]:
+    args = {"gradient_accumulation_steps": steps, **more.pop("args", {})}
+    if layout == "fsdp2":
+        config = FSDP["fsdp_config"] | more.pop("config", {})
+        args |= {"fsdp": True, "fsdp_config": config}
+    sam = {"sam_rho": RHO, "sam_scope": scope, **more.pop("sam", {})}
+    return {"layout": layout, "config": {}, "sam": sam, "args": args, **more}
+
+
+ADAPTER = {"target_modules": ["first", "second"], "r": 2}
+CASES = {
+    f"{layout}-{scope}-{steps}": case(layout, scope, steps)
+    for layout in ("fsdp2-load", "fsdp2")
+    for scope in ("batch", "micro_batch")
+    for steps in (1, 2, 3)
+} | {
+    "load-replicas": case("fsdp2-load", steps=2, config={"fsdp_size": 1, "dp_replicate_size": 2}),
+    "load-replicas-micro_batch": case(
+        "fsdp2-load", "micro_batch", 2, config={"fsdp_size": 1, "dp_replicate_size": 2}
+    ),
+    "load-tied": case("fsdp2-load", steps=2, model="language"),
+    "load-asam": case("fsdp2-load", sam={"sam_method": "asam", "sam_eta": 0.2}),
+    "load-some": case("fsdp2-load", "micro_batch", 2, sam={"sam_params": "second"}),
+    "load-adapters": case("fsdp2-load", steps=2, lora=ADAPTER),
+    "load-adapters-micro_batch": case("fsdp2-load", "micro_batch", 2, lora=ADAPTER),
+    "load-adapters-and-shards": case(
+        "fsdp2-load", steps=2, lora=ADAPTER, unfrozen=["base_model.model.layer_norm.weight"]
+    ),
+    "tied": case("fsdp2", "micro_batch", 2, model="language"),
+    "asam": case("fsdp2", sam={"sam_method": "asam", "sam_eta": 0.2}),
+    "each-synchronised": case(
+        "fsdp2",
+        steps=2,
+        args={"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
+    ),
+    "kept-gathered": case("fsdp2", config={"reshard_after_forward": False}),
+    "checkpointed": case(
+        "fsdp2",
+        steps=2,
+        config={"activation_checkpointing": True},
+        sam={"sam_params": "^first[.]weight"},
+    ),
+    "efficient-loading": case("fsdp2", config={"cpu_ram_efficient_loading": True}),
+    "adapters": case("fsdp2", steps=2, lora=ADAPTER),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch("layout_worker.py", CASES, tmp_path_factory.mktemp("fsdp2"))
+
+
+def by_the_paper(options: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The trained weights after the updates of a case. An e is shared by the processes."""
+    sam, model = options["sam"], untrained(options)
+    steps = options["args"]["gradient_accumulation_steps"]
+    is_classifier = options.get("model", "classifier") == "classifier"
+    rows = (examples(48) if is_classifier else sentences(48)).rows
+    starts = range(0, PROCESSES * steps, PROCESSES)
+    together = [
+        [list(chain(*update[i : i + PROCESSES])) for i in starts] for update in windows(rows, steps)
+    ]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    chosen = re.compile(sam.get("sam_params", ""))
+    twin: dict[str, Any] = {"perturbed": [bool(chosen.search(name)) for name in trained]}
+    if sam.get("sam_method") == "asam":
+        twin = {"step": asam_step, "eta": sam["sam_eta"], "adaptive": [True] * len(trained)}
+    updates = (means if is_classifier else token_means)(model, together)
+    return by_the_twin(model, updates, RHO, scope=sam["sam_scope"], **({"step": sam_step} | twin))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
+    expected = by_the_paper(CASES[name])
+    for seen in runs:
+        assert "error" not in seen[name], seen[name]
+        assert seen[name]["world_size"] == PROCESSES
+        assert seen[name]["wrapper"].startswith("FSDP") or "adapters" in name
+        assert seen[name]["shards"] > 0
+        assert seen[name]["is_restored"]
+        assert_close(seen[name]["weights"], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_processes_log_the_same_and_the_second_pass_saw_other_weights(runs, name):
+    first, second = (seen[name] for seen in runs)
+    assert abs(first["logs"][0]["sam_sharpness"]) > 1e-5
+    assert first["logs"][:-1] == second["logs"][:-1]
+    if CASES[name]["sam"].get("sam_method") != "asam":
+        assert first["logs"][0]["sam_perturbation_norm"] == pytest.approx(RHO, rel=1e-12)
