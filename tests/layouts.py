@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from reference_asam import asam_step
+from reference_sam import norm, sam_step
+from tiny import examples, sentences
+from torch import Tensor, nn
+from twin_runs import by_the_twin, means, token_means
 
 DISTRIBUTED = Path(__file__).parent / "distributed"
 PROCESSES, BATCH, UPDATES = 2, 4, 3
@@ -41,3 +48,41 @@ def windows(rows: list[Any], steps: int, processes: int = PROCESSES) -> list[lis
         [batches[i % len(batches)] for i in range(size * update, size * (update + 1))]
         for update in range(UPDATES)
     ]
+
+
+def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[list[Any]]:
+    """The parts of the loss of each update that have an e of their own in scope `micro_batch`.
+
+    Args:
+        options: the case.
+        model: as it begins.
+        is_shared: whether the processes share the e of a micro-batch.
+    """
+    steps = options["args"].get("gradient_accumulation_steps", 1)
+    is_classifier = options.get("model", "classifier") == "classifier"
+    updates = windows((examples(48) if is_classifier else sentences(48)).rows, steps)
+    if is_shared:
+        starts = range(0, PROCESSES * steps, PROCESSES)
+        updates = [[list(chain(*u[i : i + PROCESSES])) for i in starts] for u in updates]
+    return (means if is_classifier else token_means)(model, updates)
+
+
+def by_the_paper(options: dict[str, Any], model: nn.Module, is_shared: bool) -> dict[str, Tensor]:
+    """The trained weights after the updates of a case."""
+    sam = options["sam"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    chosen = re.compile(sam.get("sam_params", ""))
+    twin: dict[str, Any] = {"perturbed": [bool(chosen.search(name)) for name in trained]}
+    twin["step"] = sam_step
+    if sam.get("sam_method") == "asam":
+        twin |= {"step": asam_step, "eta": sam["sam_eta"], "adaptive": [True] * len(trained)}
+    clip = options["args"].get("max_grad_norm", 0.0)
+    updates = shares(options, model, is_shared)
+    return by_the_twin(model, updates, sam["sam_rho"], clip, scope=sam["sam_scope"], **twin)
+
+
+def first_gradient_norm(options: dict[str, Any], model: nn.Module) -> float:
+    """|g| of the first update."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss = sum(part(trained) for part in shares(options, model, is_shared=True)[0])
+    return float(norm(torch.autograd.grad(loss, list(trained.values()))))

@@ -61,13 +61,14 @@ class DeepSpeedBackend(Backend):
             self._reduce()
 
     def _reduce(self) -> None:
-        """The sum of the gradients over the processes: e does not depend on their scale."""
-        for w in self._weights:
-            if w.grad is None:  # but another process may have one
-                w.grad = torch.zeros_like(w)
-        if self._accelerator.num_processes > 1:
-            for work in [dist.all_reduce(w.grad, async_op=True) for w in self._weights]:
-                work.wait()
+        """The mean of the gradients over the processes."""
+        # Another process may have a gradient where this one has none.
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
+        torch._foreach_div_(grads, self._accelerator.num_processes)
+        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+            work.wait()
+        for w, g in zip(self._weights, grads, strict=True):
+            w.grad = g
 
     @contextmanager
     def _without_reduction(self, model: nn.Module) -> Iterator[None]:
@@ -81,16 +82,16 @@ class DeepSpeedBackend(Backend):
 
     @contextmanager
     def descent(self, put_back: Callable[[], None]) -> Iterator[None]:
-        engine = self._engine
-        step = engine.step
+        steps: list[tuple[Any, Any]] = []
 
-        def put_back_and_step(*args: Any, **kwargs: Any) -> Any:
-            put_back()
-            return step(*args, **kwargs)
+        def note(*args: Any, **kwargs: Any) -> None:
+            steps.append((args, kwargs))
 
-        with shadowed(engine, step=put_back_and_step):
+        with shadowed(self._engine, step=note):
             yield
-        put_back()  # where no update ended
+        put_back()
+        for args, kwargs in steps:
+            self._engine.step(*args, **kwargs)
 
     def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(weights)  # DeepSpeed has them, in parts

@@ -103,7 +103,7 @@ def build(case: dict[str, Any], folder: Path) -> Any:
         model = MODELS[kind].from_pretrained(place, dtype=torch.float64, distributed_config=config)
         model = untrained(case, model)
     else:
-        model = untrained(case)
+        model = untrained(case).to(getattr(torch, case.get("dtype", "float64")))
     if layout == "fsdp2":
         # On a CPU, Accelerate turns FSDP off without a word. It goes by this name.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -120,8 +120,24 @@ def build(case: dict[str, Any], folder: Path) -> Any:
     return trainer
 
 
+def watch_the_step(watch: Watch) -> None:
+    """See to it that DeepSpeed, which steps inside `backward`, steps from w too."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    step = getattr(DeepSpeedEngine.step, "unwatched", DeepSpeedEngine.step)
+
+    def look_and_step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        watch.look(engine.module)
+        return step(engine, *args, **kwargs)
+
+    look_and_step.unwatched = step
+    DeepSpeedEngine.step = look_and_step
+
+
 def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = build(case, folder)
+    if case["layout"] == "deepspeed":
+        watch_the_step(trainer.watch)
     trainer.train()
     return {
         "world_size": dist.get_world_size(),
@@ -129,7 +145,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": whole(trainer.model),
         "logs": trainer.state.log_history,
-        "is_restored": trainer.watch.is_restored and trainer.watch.updates > 0,
+        "is_restored": trainer.watch.is_restored and trainer.watch.updates == 3,
     }
 
 

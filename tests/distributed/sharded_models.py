@@ -41,7 +41,8 @@ class ShardedClassifier(TinyModel):
         self.post_init()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.second(torch.tanh(self.layer_norm(self.first(x))))
+        x = x.to(self.second.weight.dtype)
+        logits = self.second(torch.tanh(self.layer_norm(self.first(x)))).double()
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 

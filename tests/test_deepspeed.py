@@ -1,0 +1,89 @@
+"""DeepSpeed's ZeRO 0, 1 and 2: two processes give the weights of the float64 twin, in float32.
+
+DeepSpeed stores fp32 weights at the widest: the distance from the twin is rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from layouts import DISTRIBUTED, PROCESSES, by_the_paper, first_gradient_norm, launch
+from torch.testing import assert_close
+
+pytest.importorskip("deepspeed")
+sys.path.insert(0, str(DISTRIBUTED))
+
+from layout_worker import untrained
+
+RHO = 0.3
+
+
+def case(stage: int, scope: str = "batch", steps: int = 1, **more: Any) -> dict[str, Any]:
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+        "zero_allow_untested_optimizer": True,
+        **more.pop("config", {}),
+    }
+    args = {"gradient_accumulation_steps": steps, "deepspeed": config, **more.pop("args", {})}
+    sam = {"sam_rho": RHO, "sam_scope": scope, **more.pop("sam", {})}
+    return {"layout": "deepspeed", "dtype": "float32", "sam": sam, "args": args, **more}
+
+
+CASES = {
+    f"{stage}-{scope}-{steps}": case(stage, scope, steps)
+    for stage in (0, 1, 2)
+    for scope in ("batch", "micro_batch")
+    for steps in (1, 2, 3)
+} | {
+    "asam": case(2, steps=2, sam={"sam_method": "asam", "sam_eta": 0.2}),
+    "clipped": case(2, steps=2, args={"max_grad_norm": 0.3}),
+    "adapters": case(2, steps=2, lora={"target_modules": ["first", "second"], "r": 2}),
+    "overlapped": case(2, "micro_batch", 2, zero={"overlap_comm": True}),
+    "some": case(1, "micro_batch", 2, sam={"sam_params": "second"}),
+}
+REFUSED = {"zero-3": case(3)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch("layout_worker.py", CASES | REFUSED, tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_weights_are_those_of_the_twin(runs, name):
+    expected = by_the_paper(CASES[name], untrained(CASES[name]), is_shared=False)
+    for seen in runs:
+        assert "error" not in seen[name], seen[name]
+        assert seen[name]["world_size"] == PROCESSES
+        assert seen[name]["wrapper"] == "DeepSpeedEngine"
+        assert seen[name]["is_restored"]
+        actual = {n: w.double() for n, w in seen[name]["weights"].items()}
+        assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_processes_agree_to_the_last_bit_and_the_second_pass_saw_other_weights(runs, name):
+    first, second = (seen[name] for seen in runs)
+    assert all(torch.equal(second["weights"][n], w) for n, w in first["weights"].items())
+    assert abs(first["logs"][0]["sam_sharpness"]) > 1e-3
+    assert first["logs"][:-1] == second["logs"][:-1]
+
+
+def test_a_stage_that_shards_the_weights_is_refused_with_the_way_out(runs):
+    for seen in runs:
+        assert "ValueError: DeepSpeed's ZeRO stage 3" in seen["zero-3"]["error"]
+        assert "FSDP2" in seen["zero-3"]["error"]
+
+
+@pytest.mark.parametrize("name", ["0-batch-1", "1-batch-2", "2-batch-3"])
+def test_the_gradient_norm_in_the_log_is_that_of_all_processes(runs, name):
+    expected = first_gradient_norm(CASES[name], untrained(CASES[name]))
+    for seen in runs:
+        logged = seen[name]["logs"][0]["sam_ascent_grad_norm"]
+        assert logged == pytest.approx(expected, rel=1e-6)
