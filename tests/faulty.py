@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, set_seed
 
+import sam_hf
 from sam_hf import SAMTrainer
 from sam_hf.methods import METHODS
 
@@ -31,6 +35,8 @@ forward_and_backward = pytest.mark.parametrize("where", ["forward", "backward"])
 every_micro_batch = pytest.mark.parametrize("index", range(K))
 
 Fault = Callable[[Tensor], Tensor]
+Notice = Callable[[str], None]
+PACKAGE = str(Path(sam_hf.__file__).parent)
 
 
 class Faulty(nn.Module):
@@ -188,3 +194,22 @@ def gradients_before(index: int, method: str, scope: str) -> dict[str, Tensor | 
     """What the micro-batches before this one have accumulated in an undisturbed run."""
     snapshots = undisturbed(method, scope)
     return snapshots[index - 1].gradients if index else dict.fromkeys(snapshots[0].gradients)
+
+
+def watch_lines(function: Callable[[], Any], notice: Notice) -> Any:
+    """Call `notice` before every line of sam_hf that the function runs."""
+
+    def trace_lines(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            notice(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+        return trace_lines
+
+    def trace_calls(frame: FrameType, *_: Any) -> Any:
+        return trace_lines if frame.f_code.co_filename.startswith(PACKAGE) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace_calls)
+    try:
+        return function()
+    finally:
+        sys.settrace(before)

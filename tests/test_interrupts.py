@@ -11,24 +11,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from faulty import all_scopes, forward_number, watched
+from faulty import Notice, all_scopes, forward_number, watch_lines, watched
 from tiny import Spy, weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, set_seed
 
-import sam_hf
 from sam_hf import SAMTrainer
 
-PACKAGE = str(Path(sam_hf.__file__).parent)
 K = 2  # micro-batches of an update
-Notice = Callable[[str], None]
 
 
 class Update:
@@ -70,25 +65,6 @@ class Update:
 
 
 # ---- What strikes -----------------------------------------------------------------------------
-
-
-def watch_lines(function: Callable[[], None], notice: Notice) -> None:
-    """Call `notice` before every line of sam_hf that the function runs."""
-
-    def trace_lines(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            notice(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        return trace_lines
-
-    def trace_calls(frame: FrameType, *_: Any) -> Any:
-        return trace_lines if frame.f_code.co_filename.startswith(PACKAGE) else None
-
-    before = sys.gettrace()
-    sys.settrace(trace_calls)
-    try:
-        function()
-    finally:
-        sys.settrace(before)
 
 
 def watch_allocations(function: Callable[[], None], notice: Notice) -> None:
