@@ -29,8 +29,9 @@ from .replay import RandomState, RecordedCall
 from .run import Run
 from .side_effects import SideEffects, shadowed, undoing
 
-# Attributes of a trainer that hold examples: large, and not changed by a training step.
-_DATA_ATTRIBUTES = ("train_dataset", "eval_dataset")
+# Attributes of a trainer that the second pass leaves as they are: examples (large, and not changed
+# by a training step), and the control, which a signal's handler may have asked to stop.
+_NOT_RESTORED = ("train_dataset", "eval_dataset", "control")
 
 
 class SAMTrainerMixin(PublishingMixin):
@@ -263,7 +264,7 @@ class SAMTrainerMixin(PublishingMixin):
     def _sam_unseen(self, run: Run) -> Iterator[None]:
         """What happens inside leaves no trace in the trainer, its logs and the random state."""
         random_state = RandomState(run.backend.rng_devices)
-        side_effects = SideEffects(self, self.state, self.control, skip=_DATA_ATTRIBUTES)
+        side_effects = SideEffects(self, self.state, skip=_NOT_RESTORED)
         is_complete = False
 
         def undo() -> None:

@@ -226,3 +226,20 @@ def test_a_signal_at_any_line_saves_w(scope: str) -> None:
         assert folder.name == f"checkpoint-{STRUCK}", place
         assert_same_checkpoint(folder, Path(expected.args.output_dir) / folder.name)
         assert_same_bits(stopped.model, spy.weights[STRUCK])
+
+
+@all_scopes
+@pytest.mark.parametrize("moment", [name for name in moments("batch") if "scent" in name])
+def test_a_stop_that_a_handler_of_the_users_asks_for_is_not_undone(scope: str, moment: str) -> None:
+    faults, callbacks = moments(scope)[moment]
+    trainer = build(scope, faults, callbacks, enable_jit_checkpoint=False)
+
+    def stop(*_: Any) -> None:
+        trainer.control.should_save = trainer.control.should_training_stop = True
+
+    signal.signal(signal.SIGTERM, stop)
+    trainer.train()
+    # The Trainer stops after the micro-batch, also where it is not the last one of its update.
+    assert trainer.state.global_step <= STRUCK + 1
+    assert checkpoint(trainer).name == f"checkpoint-{trainer.state.global_step}"
+    assert_same_bits(trainer.model, straight(scope)[1].weights[trainer.state.global_step - 1])
