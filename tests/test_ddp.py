@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import Classifier, examples
+from torch import Tensor
 from torch.testing import assert_close
 from twin_runs import by_the_twin, means
 
@@ -33,6 +34,30 @@ CASES = {
     "micro_batch-2-unused": case("micro_batch", 2, ddp_find_unused_parameters=True),
     "batch-1-static": case("batch", 1, ddp_static_graph=True),
 }
+EACH = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
+# Gradients that are kept for later are views of what DDP writes in every backward pass.
+VIEWS = {
+    f"{scope}-{steps}-views": {**case(scope, steps, **EACH), "bucket_views": True}
+    for scope in ("batch", "micro_batch")
+    for steps in (2, 3)
+}
+REDUCED = CASES | VIEWS
+# The number of examples, options, and how many examples come in each micro-batch of a process.
+ENDS = {
+    "filled": (18, {}, [[4, 4], [4], [4, 4]], [[4, 4], [4], [4, 4]]),
+    "short": (
+        22,
+        {"accelerator_config": {"even_batches": False}},
+        [[4, 4], [4], [4, 4]],
+        [[4, 4], [2], [4, 4]],
+    ),
+    "dropped": (22, {"dataloader_drop_last": True}, [[4, 4]] * 3, [[4, 4]] * 3),
+}
+UNEVEN = {
+    f"{scope}-{name}": {**case(scope, 2, **args), "examples": n}
+    for scope in ("batch", "micro_batch")
+    for name, (n, args, *_) in ENDS.items()
+}
 SOMETIMES = {
     f"{scope}-sometimes": {
         "sam": {"sam_rho": RHO, "sam_scope": scope, "sam_params": "extra"},
@@ -41,6 +66,14 @@ SOMETIMES = {
     }
     for scope in ("batch", "micro_batch")
 }
+SOMETIMES["micro_batch-each-sometimes"] = {
+    **SOMETIMES["micro_batch-sometimes"],
+    "args": {
+        **SOMETIMES["micro_batch-sometimes"]["args"],
+        "gradient_accumulation_steps": 2,
+        **EACH,
+    },
+}
 REFUSED = {"micro_batch-1-static": case("micro_batch", 1, ddp_static_graph=True)}
 
 
@@ -48,7 +81,7 @@ REFUSED = {"micro_batch-1-static": case("micro_batch", 1, ddp_static_graph=True)
 def runs(tmp_path_factory) -> list[dict[str, Any]]:
     """What each process saw of each case: all of them in one launch."""
     folder = tmp_path_factory.mktemp("ddp")
-    (folder / "cases.json").write_text(json.dumps(CASES | SOMETIMES | REFUSED))
+    (folder / "cases.json").write_text(json.dumps(REDUCED | UNEVEN | SOMETIMES | REFUSED))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={PROCESSES}", str(WORKER), str(folder / "cases.json")]
     done = subprocess.run(
@@ -73,9 +106,9 @@ def windows(steps: int) -> list[list[list[Any]]]:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REDUCED)
 def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
-    options = CASES[name]
+    options = REDUCED[name]
     torch.manual_seed(0)
     model = Classifier()
     updates = means(model, windows(options["args"]["gradient_accumulation_steps"]))
@@ -88,7 +121,7 @@ def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
         assert_close(seen[name]["weights"], expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", REDUCED | UNEVEN)
 def test_the_processes_agree_to_the_last_bit_and_log_the_same(runs, name):
     first, *others = (seen[name] for seen in runs)
     assert first["logs"][0]["sam_sharpness"] > 1e-3  # the second pass saw other weights
@@ -102,6 +135,33 @@ def test_the_processes_agree_to_the_last_bit_and_log_the_same(runs, name):
 def test_gradients_are_reduced_once_in_each_pass_that_is_synchronised(runs, name):
     passes = 2 if name.startswith("batch") else 1
     assert {seen[name]["reductions"] for seen in runs} == {passes}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_with_sync_each_batch_every_micro_batch_is_reduced(runs, name):
+    scope, steps, _ = name.split("-")
+    passes = int(steps) + (scope == "batch")
+    assert {seen[name]["reductions"] for seen in runs} == {passes}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_the_last_batches_of_an_epoch_count_as_the_twin_says(runs, name):
+    scope, end = name.split("-")
+    sizes = [[[len(b["labels"]) for b in w] for w in seen[name]["windows"]] for seen in runs]
+    assert sizes == list(ENDS[end][2:])
+    of_updates = zip(*(seen[name]["windows"] for seen in runs), strict=True)
+    torch.manual_seed(0)
+    model = Classifier()
+    updates = means(model, [[rows_of(b) for window in of for b in window] for of in of_updates])
+    expected = by_the_twin(model, updates, RHO, scope=scope)
+    for seen in runs:
+        assert seen[name]["is_restored"]
+        assert_close(seen[name]["weights"], expected, rtol=1e-10, atol=1e-12)
+
+
+def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    columns = (values.unbind() for values in batch.values())
+    return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 @pytest.mark.parametrize("name", SOMETIMES)

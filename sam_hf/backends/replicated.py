@@ -56,7 +56,11 @@ class Backend:
     def reduces_kept_gradients(self) -> bool:
         """Whether the next backward pass sums up over the processes all that `.grad` holds, also
         what earlier micro-batches have left there."""
-        return self._accelerator.num_processes > 1 and self.is_end_of_update
+        # With sync_each_batch the Trainer lets every backward pass reduce. What is kept must then
+        # stay in `.grad`: with gradient_as_bucket_view it is a view of what such a pass writes.
+        options = self._accelerator.gradient_state.plugin_kwargs
+        is_reduced = self.is_end_of_update or bool(options.get("sync_each_batch", False))
+        return self._accelerator.num_processes > 1 and is_reduced
 
     def descent_is_awaited(self, each_alone: bool) -> bool:
         """Whether the pass at w + e must run even where nothing was perturbed in this process.

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ from transformers import TrainerCallback
 from sam_hf import SAMConfig, SAMTrainer
 
 torch.set_num_threads(1)
+# Each `train()` begins with a full garbage collection: spare it what the imports left.
+gc.collect()
+gc.freeze()
 
 
 class Watch(TrainerCallback):
@@ -62,10 +66,22 @@ class Sometimes(Classifier):
         return super().forward(x * self.extra if is_used else x, labels)
 
 
+class Recorder(SAMTrainer):
+    """Keeps the examples of each micro-batch of each update."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.windows: dict[int, list[dict[str, torch.Tensor]]] = {}
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.windows.setdefault(self.state.global_step, []).append(dict(inputs))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
 def train(case: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     watch = Watch()
-    trainer = SAMTrainer(
+    trainer = Recorder(
         model=Sometimes() if case.get("sometimes") else Classifier(),
         args=arguments(ddp_backend="gloo", ddp_timeout=40, **case["args"]),
         train_dataset=examples(case.get("examples", 48)),
@@ -73,12 +89,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         callbacks=[watch],
     )
     watch.trainer = trainer
+    # The Trainer has no option for it.
+    trainer.accelerator.ddp_handler.gradient_as_bucket_view = case.get("bucket_views", False)
     trainer.train()
     return {
         "world_size": dist.get_world_size(),
         "wrapper": type(trainer.model_wrapped).__name__,
         "weights": weights(trainer.model),
         "logs": trainer.state.log_history,
+        "windows": list(trainer.windows.values()),
         "reductions": watch.reductions / watch.updates,
         "is_restored": watch.is_restored,
     }
