@@ -5,25 +5,30 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import os
 import signal
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import layout_worker
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from faulty import Fault, Faulty, K, failure, forward_number
 from safetensors.torch import load_file
 from tiny import Classifier, Spy, arguments, examples, weights
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import dropout
 from transformers import Trainer, TrainerCallback, set_seed, trainer_jit_checkpoint
 from twin_runs import losses, optimizer_state
 
@@ -137,7 +142,7 @@ def strike_in_backward(hidden: Tensor) -> Tensor:
     return hidden
 
 
-@functools.cache
+@cache
 def straight(sam: str) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """The weights after each update of a run that nothing disturbs, and its end."""
     trainer = build({"sam": json.loads(sam)})
@@ -207,7 +212,44 @@ def crash(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     raise AssertionError("the run should have failed")
 
 
-KINDS = {f.__name__: f for f in (resume, just_in_time, out_of_memory, crash)}
+def resume_layout(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """As `resume`, with shards, through the layout's own checkpoints."""
+
+    def run(checkpoint: str | None) -> dict[str, Any]:
+        start_afresh()
+        set_seed(0)
+        trainer = layout_worker.build(case, folder)
+        noise = partial(dropout, p=0.3, training=True)
+        trainer.model.get_submodule("first").register_forward_hook(lambda *io: noise(io[-1]))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states = trainer.optimizer.state_dict()["state"]
+        numbers = [v for _, state in sorted(states.items()) for _, v in sorted(state.items())]
+        return {
+            "updates": trainer.state.global_step,
+            "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+            "weights": layout_worker.local(trainer.model),
+            "optimizer": [v.to_local() if isinstance(v, DTensor) else v for v in numbers],
+            "generator": torch.get_rng_state(),
+            "losses": losses(trainer)[STRUCK - UPDATES :],
+        }
+
+    case = case | {"args": case["args"] | {"output_dir": str(folder)}}
+    expected = run(None)
+    dist.barrier()
+    actual = run(str(folder / f"checkpoint-{STRUCK}"))
+    start_afresh()
+    return {"expected": expected, "actual": actual}
+
+
+def start_afresh() -> None:
+    """Forget the layout of the run before."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    if dist.is_initialized():
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+KINDS = {f.__name__: f for f in (resume, resume_layout, just_in_time, out_of_memory, crash)}
 
 
 if __name__ == "__main__":
