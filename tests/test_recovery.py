@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,33 @@ RESUMED = {
     for name, sam in {"plain": PLAIN, "rho 0": {"sam_rho": 0.0}, **SCOPES}.items()
 }
 # The Trainer itself refuses to save what is needed to resume a model sharded at load time.
-LAYOUTS = {
-    "fsdp2": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear"]}},
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp2": {
+        "layout": "fsdp2",
+        "args": {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["Linear"]}},
+    }
 }
+if find_spec("deepspeed") is not None:
+    LAYOUTS |= {
+        f"ZeRO {stage}": {
+            "layout": "deepspeed",
+            "dtype": "float32",
+            "args": {
+                "deepspeed": {
+                    "train_micro_batch_size_per_gpu": "auto",
+                    "gradient_accumulation_steps": "auto",
+                    "gradient_clipping": "auto",
+                    "zero_optimization": {"stage": stage},
+                    "zero_allow_untested_optimizer": True,
+                }
+            },
+        }
+        for stage in (1, 2)
+    }
 SHARDED = {
-    f"{layout} {name} resumed": {
+    f"{kind} {name} resumed": {
+        **layout,
         "kind": "resume_layout",
-        "layout": layout,
         "config": {},
         "sam": sam,
         "args": {
@@ -43,10 +64,10 @@ SHARDED = {
             "max_steps": UPDATES,
             "save_strategy": "steps",
             "save_steps": STRUCK,  # three in an epoch
-            **args,
+            **layout["args"],
         },
     }
-    for layout, args in LAYOUTS.items()
+    for kind, layout in LAYOUTS.items()
     for name, sam in {"rho 0": {"sam_rho": 0.0}, **SCOPES}.items()
 }
 MOMENTS = ["descent forward", "descent backward", "on_pre_optimizer_step"]
@@ -98,27 +119,28 @@ def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ENDING_WELL)
 def test_a_run_ends_as_one_that_was_never_stopped_to_the_last_bit(runs, name):
-    first = runs[0][name]
     for seen in runs:
         assert seen[name]["actual"]["updates"] == UPDATES
-        assert (
-            seen[name]["actual"]["is_ddp"]
-            if name not in SHARDED
-            else seen[name]["actual"]["shards"]
-        )
+        assert seen[name]["actual"]["is_wrapped"]
         assert_same_bits(seen[name]["actual"], seen[name]["expected"])
-        if name not in SHARDED:
-            assert_same_bits(seen[name]["actual"]["weights"], first["actual"]["weights"])
+
+
+@pytest.mark.parametrize("name", RESUMED | STOPPED | WITHOUT_MEMORY)
+def test_the_processes_end_alike(runs, name):
+    first, second = (seen[name]["actual"]["weights"] for seen in runs)
+    assert_same_bits(first, second)
 
 
 def test_without_perturbation_a_resumed_run_is_the_plain_trainers(runs):
     for seen in runs:
         assert_same_bits(seen["rho 0 resumed"], seen["plain resumed"])
-        for scope in SCOPES:
-            differ = seen[f"{scope} resumed"]["actual"]["weights"]["first.weight"]
-            assert not torch.equal(
-                differ, seen["plain resumed"]["actual"]["weights"]["first.weight"]
-            )
+
+
+@pytest.mark.parametrize("kind", ["", *(f"{kind} " for kind in LAYOUTS)], ids=["DDP", *LAYOUTS])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_with_perturbation_a_resumed_run_is_another(runs, kind, scope):
+    off, on = (runs[0][f"{kind}{name} resumed"]["actual"]["weights"] for name in ("rho 0", scope))
+    assert not torch.equal(on["first.weight"], off["first.weight"])
 
 
 @pytest.mark.parametrize("name", STOPPED)

@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import layout_worker
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -98,7 +97,7 @@ def spied(trainer: Any) -> list[dict[str, Tensor]]:
 def end(trainer: Any) -> dict[str, Any]:
     """What a run ends with, bit by bit."""
     return {
-        "is_ddp": type(trainer.model_wrapped).__name__ == "DistributedDataParallel",
+        "is_wrapped": type(trainer.model_wrapped).__name__ == "DistributedDataParallel",
         "updates": trainer.state.global_step,
         "weights": weights(trainer.model),
         "optimizer": optimizer_state(trainer),
@@ -215,6 +214,10 @@ def crash(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 def resume_layout(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """As `resume`, with shards, through the layout's own checkpoints."""
 
+    import layout_worker  # it takes seconds, which the others need not wait for
+
+    name = case["layout"].rstrip("2")
+
     def run(checkpoint: str | None) -> dict[str, Any]:
         start_afresh()
         set_seed(0)
@@ -222,13 +225,18 @@ def resume_layout(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         noise = partial(dropout, p=0.3, training=True)
         trainer.model.get_submodule("first").register_forward_hook(lambda *io: noise(io[-1]))
         trainer.train(resume_from_checkpoint=checkpoint)
-        states = trainer.optimizer.state_dict()["state"]
+        optimizer = trainer.optimizer
+        while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's own hold torch's
+            optimizer = optimizer.optimizer
+        states = optimizer.state_dict()["state"]
         numbers = [v for _, state in sorted(states.items()) for _, v in sorted(state.items())]
         return {
             "updates": trainer.state.global_step,
-            "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
+            "is_wrapped": type(trainer.model_wrapped).__name__.lower().startswith(name),
             "weights": layout_worker.local(trainer.model),
-            "optimizer": [v.to_local() if isinstance(v, DTensor) else v for v in numbers],
+            "optimizer": [
+                torch.as_tensor(v.to_local() if isinstance(v, DTensor) else v) for v in numbers
+            ],
             "generator": torch.get_rng_state(),
             "losses": losses(trainer)[STRUCK - UPDATES :],
         }
