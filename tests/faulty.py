@@ -77,11 +77,28 @@ def failure(where: str, kind: type[BaseException] = RuntimeError) -> Fault:
     return in_forward if where == "forward" else in_backward
 
 
-def forward_number(failing_pass: str, scope: str, index: int, update: int = 0) -> int:
+def bad_gradient(value: float) -> Fault:
+    """One number of the gradient at the hidden layer is not finite; the loss is."""
+
+    def poison(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient[0, 0] = value
+        return gradient
+
+    def fault(hidden: Tensor) -> Tensor:
+        hidden.register_hook(poison)
+        return hidden
+
+    return fault
+
+
+def forward_number(
+    failing_pass: str, scope: str, index: int, update: int = 0, steps: int = K
+) -> int:
     """Which forward pass of a SAM run is that of micro-batch `index` in that pass of the update."""
     is_descent = failing_pass == "descent"
-    in_update = is_descent * K + index if scope == "batch" else 2 * index + is_descent
-    return 2 * K * update + in_update
+    in_update = is_descent * steps + index if scope == "batch" else 2 * index + is_descent
+    return 2 * steps * update + in_update
 
 
 @dataclass

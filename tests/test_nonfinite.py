@@ -16,6 +16,7 @@ from faulty import (
     all_methods,
     all_scopes,
     assert_same,
+    bad_gradient,
     every_micro_batch,
     failed,
     failure,
@@ -34,21 +35,6 @@ from sam_hf import SAMTrainer
 def bad_loss(value: float) -> Fault:
     """The loss, and with it every gradient, is no number."""
     return lambda hidden: hidden * value
-
-
-def bad_gradient(value: float) -> Fault:
-    """One number of the gradient at the hidden layer is not finite; the loss is."""
-
-    def poison(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        gradient[0, 0] = value
-        return gradient
-
-    def fault(hidden: Tensor) -> Tensor:
-        hidden.register_hook(poison)
-        return hidden
-
-    return fault
 
 
 FAULTS = [
