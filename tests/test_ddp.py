@@ -27,12 +27,15 @@ def case(scope: str, steps: int, **args: Any) -> dict[str, Any]:
     }
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 CASES = {
     **{f"batch-{steps}": case("batch", steps) for steps in (1, 2, 3)},
     **{f"micro_batch-{steps}": case("micro_batch", steps) for steps in (1, 2, 3)},
     "batch-2-unused": case("batch", 2, ddp_find_unused_parameters=True),
     "micro_batch-2-unused": case("micro_batch", 2, ddp_find_unused_parameters=True),
     "batch-1-static": case("batch", 1, ddp_static_graph=True),
+    "batch-2-compiled": case("batch", 2, **COMPILED),
+    "micro_batch-1-compiled": case("micro_batch", 1, **COMPILED),
 }
 EACH = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 # Gradients that are kept for later are views of what DDP writes in every backward pass.
@@ -162,6 +165,14 @@ def test_the_last_batches_of_an_epoch_count_as_the_twin_says(runs, name):
 def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     columns = (values.unbind() for values in batch.values())
     return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_model_is_compiled_in_the_first_update_only(runs, name):
+    for seen in runs:
+        first, *others = seen[name]["graphs"]
+        assert (first > 0) == name.endswith("compiled")
+        assert others == [first] * (UPDATES - 1)
 
 
 @pytest.mark.parametrize("name", SOMETIMES)

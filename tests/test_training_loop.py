@@ -201,16 +201,3 @@ def test_a_compiled_model_trains_as_an_eager_one_and_compiles_in_the_first_updat
     assert none == [0] * 5
     assert counts == [counts[0]] * 5 and counts[0] > 0
     assert_close(weights(compiled), weights(eager), rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.slow
-def test_a_model_compiled_with_inductor_trains_as_an_eager_one():
-    def run(**args: Any) -> nn.Module:
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        model = Classifier()
-        sam_trainer(model, examples(12), sam={"sam_rho": RHO}, **args).train()
-        return model
-
-    compiled = run(torch_compile=True, torch_compile_backend="inductor")
-    assert_close(weights(compiled), weights(run()), rtol=1e-9, atol=1e-11)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 from tiny import Classifier, arguments, examples, weights
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import TrainerCallback
 
@@ -33,6 +34,7 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.reductions, self.updates = 0, 0
         self.before: dict[str, torch.Tensor] = {}
+        self.graphs: list[int] = []  # compiled until the end of each update
         self.is_restored = True
 
     def hook(self, state, bucket):  # torch checks the annotations, and knows no strings
@@ -42,7 +44,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         model.update = state.global_step
         if not self.updates:
-            self.trainer.model_wrapped.register_comm_hook(None, self.hook)
+            unwrapped(self.trainer.model_wrapped).register_comm_hook(None, self.hook)
         self.before = weights(model)
 
     def on_pre_optimizer_step(
@@ -51,6 +53,9 @@ class Watch(TrainerCallback):
         self.updates += 1
         now = weights(model)
         self.is_restored &= all(torch.equal(now[n], v) for n, v in self.before.items())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.graphs.append(counters["stats"]["unique_graphs"])
 
 
 class Sometimes(Classifier):
@@ -78,7 +83,14 @@ class Recorder(SAMTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Without what torch.compile puts around it."""
+    return getattr(model, "_orig_mod", model)
+
+
 def train(case: dict[str, Any]) -> dict[str, Any]:
+    torch._dynamo.reset()
+    counters.clear()
     torch.manual_seed(0)
     watch = Watch()
     trainer = Recorder(
@@ -94,12 +106,13 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     return {
         "world_size": dist.get_world_size(),
-        "wrapper": type(trainer.model_wrapped).__name__,
+        "wrapper": type(unwrapped(trainer.model_wrapped)).__name__,
         "weights": weights(trainer.model),
         "logs": trainer.state.log_history,
         "windows": list(trainer.windows.values()),
         "reductions": watch.reductions / watch.updates,
         "is_restored": watch.is_restored,
+        "graphs": watch.graphs,
     }
 
 
