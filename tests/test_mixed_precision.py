@@ -1,7 +1,7 @@
-"""fp16's gradient scaler in one process and under DDP: a step is skipped by all, or taken by all.
+"""Autocast and fp16's gradient scaler, in one process and under DDP.
 
-What the scaler, the schedule and the counters do is held to the plain Trainer in the same place;
-the weights are held to the float64 twin.
+A step is skipped by all processes or taken by all. What the scaler, the schedule and the counters
+do is held to the plain Trainer in the same place; the weights are held to the float64 twin.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from faulty import TINY_RHO, Faulty, forward_number
 from reference_optimizers import clip_by_global_norm
 from reference_sam import sam_step
 from scaling import UPDATES, run
-from tiny import examples
+from tiny import Classifier, examples
 from torch import Tensor
 from torch.testing import assert_close
-from twin_runs import means
+from twin_runs import by_the_twin, means
 
 WORKER = Path(__file__).parent / "distributed" / "scaling_worker.py"
 RHO, BATCH, CLIP = 0.3, 4, 0.05
@@ -95,7 +95,14 @@ every_case = pytest.mark.parametrize(
 ADAM = {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "linear"}
 SWALLOWED = [case for case in ALONE + TOGETHER if case.index]
 UNSCALED = [case for case in ALONE + TOGETHER if not case.passes]
+# What is computed in half precision, and how far it may lie from the twin, for each part that SAM
+# changes. Rounding is 8 times finer in fp16.
 AUTOCAST = {
+    "bf16": ({"scaling": None, "bf16": True}, 0.03),
+    "fp16": ({"scaling": [2.0**10, 2.0, 0.5, 2]}, 0.005),
+}
+HALF = {"model": "autocast", "gradient_accumulation_steps": 2}
+TOO_LARGE = {
     "scaling": [2.0**24, 2.0, 0.5, 100],
     "model": "autocast",
     "max_steps": 16,
@@ -115,8 +122,13 @@ def wanted(some: list[Case]) -> dict[str, tuple[dict[str, Any], int | None]]:
             options[f"unscaled {case.name}"] = case.options(RHO) | {"scaling": None}, None
     for scope in ("batch", "micro_batch"):
         sam = {"sam_rho": 0.01, "sam_scope": scope}  # g_s overflows where g does
-        options[f"autocast {scope}"] = {"sam": sam, **AUTOCAST}, None
-    options["autocast plain"] = {"sam": None, **AUTOCAST}, None
+        options[f"too large {scope}"] = {"sam": sam, **TOO_LARGE}, None
+        for dtype, (args, _) in AUTOCAST.items():
+            sam = {"sam_rho": RHO, "sam_scope": scope}
+            options[f"{dtype} {scope}"] = {"sam": sam, **HALF, **args}, None
+    for sam in (None, {"sam_rho": 0.0}):
+        options[f"bf16 {sam}"] = {"sam": sam, **HALF, **AUTOCAST["bf16"][0]}, None
+    options["too large plain"] = {"sam": None, **TOO_LARGE}, None
     return options
 
 
@@ -144,18 +156,20 @@ def in_parallel(options: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def by_the_twin(case: Case) -> list[dict[str, Tensor]]:
+def windows(processes: int, steps: int) -> list[list[Any]]:
+    """The rows of each micro-batch of each update: the processes take turns, batch by batch."""
+    rows, size = examples(4 * 2 * 2 * UPDATES).rows, processes * steps
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    return [batches[size * update : size * (update + 1)] for update in range(UPDATES)]
+
+
+def by_a_told_twin(case: Case) -> list[dict[str, Tensor]]:
     """The weights after each update, of a twin that is told what overflows."""
     torch.manual_seed(0)
     model = Faulty(noise=0.0)
     names, w = zip(*model.named_parameters(), strict=True)
-    w, size = [p.detach() for p in w], case.processes * case.steps
-    rows = examples(4 * 2 * 2 * UPDATES).rows
-    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    trajectory = []
-    for update in range(UPDATES):
-        # The processes take turns, batch by batch.
-        [shares] = means(model, [batches[size * update : size * (update + 1)]])
+    w, trajectory = [p.detach() for p in w], []
+    for update, shares in enumerate(means(model, windows(case.processes, case.steps))):
         if update != BAD or not case.is_skipped:
             g_s = gradient(case, w, shares, update)
             if case.clip:
@@ -207,7 +221,7 @@ def test_the_scale_the_schedule_and_the_counters_are_the_plain_trainers(runs, ca
 
 @every_case
 def test_a_step_is_skipped_or_is_the_twins_and_w_comes_back(runs, case):
-    expected = by_the_twin(case)
+    expected = by_a_told_twin(case)
     for seen in runs[case.processes]:
         ours = seen[case.name]
         assert ours["wrapper"] == ("Faulty" if case.processes == 1 else "DistributedDataParallel")
@@ -263,7 +277,7 @@ def test_an_fp16_run_whose_scale_is_too_large_skips_what_the_plain_one_skips(
     runs, processes, scope
 ):
     for seen in runs[processes]:
-        ours, plain = seen[f"autocast {scope}"], seen["autocast plain"]
+        ours, plain = seen[f"too large {scope}"], seen["too large plain"]
         assert_same_log(ours["updates"], plain["updates"])
         skipped = [update["skipped"] for update in ours["updates"]]
         assert skipped[0] and sum(skipped) <= 12
@@ -273,3 +287,32 @@ def test_an_fp16_run_whose_scale_is_too_large_skips_what_the_plain_one_skips(
         assert stands == skipped[1:]
         is_perturbed = [entry["sam_perturbation_norm"] > 0 for entry in ours["logs"]]
         assert not is_perturbed[0] and is_perturbed[-1]
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return math.sqrt(sum((a[n].double() - value).square().sum().item() for n, value in b.items()))
+
+
+@pytest.mark.parametrize("dtype", AUTOCAST)
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_float32_weights_that_autocast_trains_stay_close_to_the_twin(runs, processes, scope, dtype):
+    torch.manual_seed(0)
+    model = Classifier(dtype=torch.float32).double()
+    updates = means(model, windows(processes, HALF["gradient_accumulation_steps"]))
+    expected, plain = (by_the_twin(model, updates, rho, scope=scope) for rho in (RHO, 1e-12))
+    _, tolerance = AUTOCAST[dtype]
+    for seen in runs[processes]:
+        ours = seen[f"{dtype} {scope}"]
+        trained = ours["updates"][-1]["weights"]
+        assert {w.dtype for w in trained.values()} == {torch.float32} and ours["is_restored"]
+        assert 1e-4 < distance(trained, expected) / distance(plain, expected) < tolerance
+        assert ours["logs"][-1]["sam_perturbation_norm"] == pytest.approx(RHO, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_under_autocast_rho_0_is_the_plain_trainer_to_the_last_bit(runs, processes):
+    off, plain = "bf16 {'sam_rho': 0.0}", "bf16 None"
+    for seen in runs[processes]:
+        for ours, theirs in zip(seen[off]["updates"], seen[plain]["updates"], strict=True):
+            assert same(ours["weights"], theirs["weights"])
