@@ -162,7 +162,8 @@ class SAMTrainerMixin(PublishingMixin):
             shadowed(self, compute_loss=recorder),
             sampling_policy_kept(self, run.tape),
         ):
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            # A copy: a captured CUDA graph leaves the loss of every pass in the same memory.
+            loss = super().training_step(model, inputs, num_items_in_batch).clone()
             calls = run.tape.since(calls_before)
             if not calls:
                 raise RuntimeError(
@@ -255,7 +256,8 @@ class SAMTrainerMixin(PublishingMixin):
                     shadowed(self, compute_loss=replayed, _prepare_inputs=lambda inputs: inputs),
                     run.backend.replaying(model, i == len(calls), each_alone),
                 ):
-                    losses.append(Trainer.training_step(self, model, {}, call.num_items_in_batch))
+                    loss = Trainer.training_step(self, model, {}, call.num_items_in_batch)
+                losses.append(loss.clone())
         self.current_flos += flos  # the loop counts the ascent alone
         run.check_loss_scale(type(self).__name__, calls[0], losses[0])
         return torch.stack(losses).sum()

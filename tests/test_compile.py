@@ -115,3 +115,49 @@ def test_no_graph_is_compiled_that_plain_training_does_not_compile(scope):
     assert seen == plain
     assert 1 == plain[0][0] < plain[-1][0]
     assert_same_bits(compiled, weights(eager))
+
+
+class InOnePlace(torch.autograd.Function):
+    """Returns the loss in memory that the next call writes to."""
+
+    memory = torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return InOnePlace.memory.copy_(loss).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Captured(Classifier):
+    """As a captured CUDA graph does: every pass leaves its loss in the same memory."""
+
+    accepts_loss_kwargs = True  # so that the Trainer does not divide it, which would copy it
+
+    def forward(self, x: Tensor, labels: Tensor, **_: Any) -> Any:
+        outputs = super().forward(x, labels)
+        return outputs | {"loss": InOnePlace.apply(outputs["loss"])}
+
+
+class NotCaptured(Captured):
+    def forward(self, x: Tensor, labels: Tensor, **_: Any) -> Any:
+        return Classifier.forward(self, x, labels)
+
+
+@all_scopes
+def test_the_losses_of_captured_graphs_are_read_before_the_next_pass_overwrites_them(scope):
+    logs = []
+    for kind in (Captured, NotCaptured):
+        torch.manual_seed(0)
+        trainer = sam_trainer(
+            kind(),
+            examples(24),
+            sam={"sam_rho": 0.3, "sam_scope": scope},
+            gradient_accumulation_steps=2,
+        )
+        trainer.train()
+        logs.append([(e["loss"], e["sam_sharpness"]) for e in trainer.state.log_history[:-1]])
+    assert logs[0] == logs[1]
+    assert all(sharpness > 1e-3 for _, sharpness in logs[0])
