@@ -197,7 +197,8 @@ class Run:
             yield
             both = [(g, p.grad) for p, g in self._set_aside if p.grad is not None]
             if both:
-                torch._foreach_add_([g for g, _ in both], [new for _, new in both])
+                kept, new = (self.backend.local(side) for side in zip(*both, strict=True))
+                torch._foreach_add_(kept, new)
             is_complete = True
 
     def put_back_gradients(self) -> None:

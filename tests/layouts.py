@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from reference_asam import asam_step
 from reference_sam import norm, sam_step
-from tiny import examples, sentences
+from tiny import Rows, examples, sentences
 from torch import Tensor, nn
 from twin_runs import by_the_twin, means, token_means
 
@@ -40,6 +40,17 @@ def launch(
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
+def data(model: str) -> Rows:
+    """The examples of a kind of model."""
+    if model == "classifier":
+        return examples(48)
+    rows = sentences(48).rows
+    if model == "llama":  # nothing predicts the first token, and the Trainer does not count it
+        for row in rows:
+            row["labels"][0] = -100
+    return Rows(rows)
+
+
 def windows(rows: list[Any], steps: int, processes: int = PROCESSES) -> list[list[list[Any]]]:
     """The rows of each micro-batch of each update: the processes take turns, batch by batch."""
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
@@ -59,12 +70,13 @@ def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[l
         is_shared: whether the processes share the e of a micro-batch.
     """
     steps = options["args"].get("gradient_accumulation_steps", 1)
-    is_classifier = options.get("model", "classifier") == "classifier"
-    updates = windows((examples(48) if is_classifier else sentences(48)).rows, steps)
+    kind = options.get("model", "classifier")
+    processes = 1 if options["layout"] == "tp" else PROCESSES  # that have batches of their own
+    updates = windows(data(kind).rows, steps, processes)
     if is_shared:
-        starts = range(0, PROCESSES * steps, PROCESSES)
-        updates = [[list(chain(*u[i : i + PROCESSES])) for i in starts] for u in updates]
-    return (means if is_classifier else token_means)(model, updates)
+        starts = range(0, processes * steps, processes)
+        updates = [[list(chain(*u[i : i + processes])) for i in starts] for u in updates]
+    return (means if kind == "classifier" else token_means)(model, updates)
 
 
 def by_the_paper(options: dict[str, Any], model: nn.Module, is_shared: bool) -> dict[str, Tensor]:

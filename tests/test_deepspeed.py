@@ -50,24 +50,50 @@ CASES = {
 REFUSED = {"zero-3": case(3)}
 
 
+def half(name: str, **options: Any) -> dict[str, Any]:
+    return {"config": {name: {"enabled": True, **options}}, "args": {name: True}}
+
+
+HALF = {
+    "bf16": case(2, steps=2, **half("bf16")),
+    "fp16": case(1, "micro_batch", 2, **half("fp16", initial_scale_power=4)),
+    "autocast": case(2, config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+}
+# A loss scale that no gradient of fp16 survives, neither that of the ascent nor that of the descent
+OVERFLOW = {"overflow": case(2, **half("fp16", initial_scale_power=30))}
+TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "autocast": 1e-3}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch("layout_worker.py", CASES | REFUSED, tmp_path_factory.mktemp("deepspeed"))
+    return launch(
+        "layout_worker.py", CASES | HALF | OVERFLOW | REFUSED, tmp_path_factory.mktemp("deepspeed")
+    )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | HALF)
 def test_the_weights_are_those_of_the_twin(runs, name):
-    expected = by_the_paper(CASES[name], untrained(CASES[name]), is_shared=False)
+    options = (CASES | HALF)[name]
+    expected = by_the_paper(options, untrained(options), is_shared=False)
     for seen in runs:
         assert "error" not in seen[name], seen[name]
         assert seen[name]["world_size"] == PROCESSES
         assert seen[name]["wrapper"] == "DeepSpeedEngine"
         assert seen[name]["is_restored"]
         actual = {n: w.double() for n, w in seen[name]["weights"].items()}
-        assert_close(actual, expected, rtol=0, atol=1e-6)
+        assert_close(actual, expected, rtol=0, atol=TOLERANCE.get(name, 1e-6))
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_an_overflow_skips_the_step_and_leaves_w_in_place(runs):
+    before = {n: p.half() for n, p in untrained(OVERFLOW["overflow"]).named_parameters()}
+    for seen in runs:
+        after = seen["overflow"]
+        assert "error" not in after and after["is_restored"]
+        assert all(torch.equal(after["weights"][n], w) for n, w in before.items())
+        assert after["logs"][0]["sam_perturbation_norm"] == 0.0  # inf · 0 is not
+
+
+@pytest.mark.parametrize("name", CASES | HALF)
 def test_the_processes_agree_to_the_last_bit_and_the_second_pass_saw_other_weights(runs, name):
     first, second = (seen[name] for seen in runs)
     assert all(torch.equal(second["weights"][n], w) for n, w in first["weights"].items())

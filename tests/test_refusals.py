@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from sam_hf import SAMTrainer, with_sam
@@ -260,3 +260,12 @@ def test_a_training_step_that_passes_sam_by_raises_before_the_first_optimizer_st
     assert_same_bits(model, before)
     run(0.0, model)
     assert not torch.equal(model.first.weight, before["first.weight"])
+
+
+@LEFT_OFF
+@pytest.mark.parametrize("name", ["ep_size", "pp_size"])
+def test_a_model_loaded_in_a_layout_of_unknown_shards_raises_at_construction(name, rho):
+    model = Classifier()
+    model.is_distributed_loading_by_transformers = True
+    model.config = PreTrainedConfig(distributed_config=SimpleNamespace(**{name: 2}))
+    build(rho, model=model, match=f"{name}=2 in distributed_config.*Set {name}=1")

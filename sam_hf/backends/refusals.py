@@ -63,12 +63,20 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             "Context and sequence parallelism cut the inputs inside the training step, so that it "
             "cannot be replayed. Set cp_size=1 and sp_size=1 in `parallelism_config`, or sam_rho=0."
         )
+    is_loaded = getattr(trainer, "is_distributed_loading_by_transformers", False)
     if trainer.is_fsdp_enabled and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={accelerator.state.fsdp_plugin.fsdp_version}: FSDP1 keeps the weights "
             "in flat buffers, which SAM does not support. Set fsdp_version=2 (`fsdp_config`: "
             '"version": 2), or sam_rho=0.'
         )
+    sharding = getattr(trainer.model.config, "distributed_config", None) if is_loaded else None
+    for name in ("ep_size", "pp_size"):
+        if (size := getattr(sharding, name, None) or 1) > 1:
+            raise ValueError(
+                f"{name}={size} in distributed_config: SAM does not know which process holds which "
+                f"weights there. Set {name}=1 (FSDP2 and tp_size are supported), or sam_rho=0."
+            )
     kind = accelerator.distributed_type
     if accelerator.num_processes > 1 and kind not in _SUPPORTED:
         raise ValueError(

@@ -105,12 +105,17 @@ class Backend:
 
     def gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """g for the method to work on. fp16 cannot hold T² g (below 6e-8 it is 0): it gets fp32."""
-        grads = self.local([w.grad for w in weights if w.grad is not None])
+        grads = self.local_gradients(weights)
         return [g.float() if g.dtype is torch.float16 else g for g in grads]
 
     def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """g_s, where this layout lets it be read; of as many tensors as `weights` has."""
-        return [None if w.grad is None else self.local([w.grad])[0] for w in weights]
+        grads = iter(self.local_gradients(weights))
+        return [None if w.grad is None else next(grads) for w in weights]
+
+    def local_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of those weights that have one, as `local` gives the weights."""
+        return self.local([w.grad for w in weights if w.grad is not None])
 
     def unscaled(self, norm: Tensor) -> Tensor:
         """A norm of gradients without the factor of fp16's loss scaling."""

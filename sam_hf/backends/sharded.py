@@ -95,6 +95,10 @@ class ShardedBackend(Backend):
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [w.to_local().detach() if isinstance(w, DTensor) else w.detach() for w in weights]
 
+    def local_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        # Tensor parallelism may leave a gradient whole where the weight is cut.
+        return self.local([_placed_as(w, w.grad) for w in weights if w.grad is not None])
+
     def dot_over(self, weights: Sequence[Tensor]) -> Dot:
         # What several processes hold counts once.
         by_holders: dict[float, list[int]] = defaultdict(list)
@@ -113,6 +117,13 @@ class ShardedBackend(Backend):
             return self.sum_over_processes([torch.stack(parts).sum()])[0]
 
         return dot
+
+
+def _placed_as(weight: Tensor, grad: Tensor) -> Tensor:
+    if not (isinstance(weight, DTensor) and isinstance(grad, DTensor)):
+        return grad
+    placed: Tensor = grad.redistribute(weight.device_mesh, weight.placements)
+    return placed
 
 
 def _shards(weight: Tensor) -> int:

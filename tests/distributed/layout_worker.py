@@ -18,18 +18,31 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from layouts import data
 from peft import LoraConfig, get_peft_model
 from sharded_models import ShardedClassifier, TiedLanguageModel, TinyConfig
-from tiny import arguments, examples, sentences
+from tiny import VOCABULARY, arguments
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from sam_hf import SAMConfig, SAMTrainer
 from sam_hf.params import plain
 
 torch.set_num_threads(1)
-MODELS = {"classifier": ShardedClassifier, "language": TiedLanguageModel}
+LLAMA = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+MODELS = {
+    "classifier": (ShardedClassifier, TinyConfig()),
+    "language": (TiedLanguageModel, TinyConfig()),
+    "llama": (LlamaForCausalLM, LLAMA),
+}
 PLANS = {
     "classifier": {"first": "free_full_weight", "second": "keep_full_weight"},
     "language": {"middle": "free_full_weight"},
@@ -80,7 +93,8 @@ def untrained(case: dict[str, Any], model: Any = None) -> Any:
     """The model of a case, the same in every process, or what it makes of `model`."""
     if model is None:
         torch.manual_seed(0)
-        model = MODELS[case.get("model", "classifier")](TinyConfig())
+        model_class, config = MODELS[case.get("model", "classifier")]
+        model = model_class(config).double()
     if "lora" in case:
         torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(init_lora_weights=False, **case["lora"]))
@@ -89,30 +103,43 @@ def untrained(case: dict[str, Any], model: Any = None) -> Any:
     return model
 
 
+def as_on_gpus() -> None:
+    """On CPUs, Accelerate turns FSDP off without a word, and refuses tensor parallelism.
+
+    It goes by this name.
+    """
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 def build(case: dict[str, Any], folder: Path) -> Any:
     """The trainer of a case."""
     kind, layout = case.get("model", "classifier"), case["layout"]
     args = arguments(ddp_backend="gloo", ddp_timeout=40, **case["args"])
     args.device  # noqa: B018 - starts the processes
-    if layout == "fsdp2-load":
+    if layout in ("fsdp2-load", "tp"):
         place = folder / "models" / kind
         if dist.get_rank() == 0:
             untrained({"model": kind}).save_pretrained(place)
         dist.barrier()
-        config = DistributedConfig(**{"fsdp_size": 2, "fsdp_plan": PLANS[kind]} | case["config"])
-        model = MODELS[kind].from_pretrained(place, dtype=torch.float64, distributed_config=config)
+        if layout == "tp":
+            as_on_gpus()
+            config = DistributedConfig(tp_size=2, tp_plan="auto")
+        else:
+            sizes = {"fsdp_size": 2, "fsdp_plan": PLANS[kind]} | case["config"]
+            config = DistributedConfig(**sizes)
+        model = MODELS[kind][0].from_pretrained(
+            place, dtype=torch.float64, distributed_config=config
+        )
         model = untrained(case, model)
     else:
         model = untrained(case).to(getattr(torch, case.get("dtype", "float64")))
     if layout == "fsdp2":
-        # On a CPU, Accelerate turns FSDP off without a word. It goes by this name.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    data = examples(48) if kind == "classifier" else sentences(48)
+        as_on_gpus()
     watch = Watch()
     trainer = SAMTrainer(
         model=model,
         args=args,
-        train_dataset=data,
+        train_dataset=data(kind),
         sam_config=SAMConfig(**case["sam"]),
         callbacks=[watch],
     )

@@ -1,8 +1,8 @@
-"""FSDP2: the shards of two processes are those of the float64 twin, which knows nothing of them.
+"""FSDP2 and tensor parallelism: two processes give the float64 twin's weights, put together.
 
-Once for models that `from_pretrained(distributed_config=...)` has sharded, once for the Trainer's
-`fsdp` option. On a CPU, Accelerate turns the latter off without a word, so that the worker gives
-the processes the name of a GPU's; the collectives are gloo's in both.
+FSDP2 once for models that `from_pretrained(distributed_config=...)` has sharded, once by the
+Trainer's `fsdp` option. On a CPU, Accelerate turns the latter off without a word, so that the
+worker gives the processes the name of a GPU's; the collectives are gloo's in both.
 """
 
 from __future__ import annotations
@@ -68,7 +68,11 @@ CASES = {
     "efficient-loading": case("fsdp2", config={"cpu_ram_efficient_loading": True}),
     "adapters": case("fsdp2", steps=2, lora=ADAPTER),
     "bf16": case("fsdp2", steps=2, dtype="float32", args={"bf16": True}),
+    "tensor-parallel": case("tp", steps=2, model="llama"),
+    "tensor-parallel-micro_batch": case("tp", "micro_batch", 2, model="llama"),
 }
+# Where the passes compute in less than float64: Llama's norms and loss are of float32.
+TOLERANCE = {"bf16": 1e-3, "tensor-parallel": 1e-8, "tensor-parallel-micro_batch": 1e-8}
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +86,17 @@ def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
     for seen in runs:
         assert "error" not in seen[name], seen[name]
         assert seen[name]["world_size"] == PROCESSES
-        assert seen[name]["wrapper"].startswith("FSDP") or "adapters" in name
+        if name.startswith("tensor"):
+            assert seen[name]["wrapper"] == "LlamaForCausalLM"
+        elif "adapters" not in name:
+            assert seen[name]["wrapper"].startswith("FSDP")
         assert seen[name]["shards"] > 0
         assert seen[name]["is_restored"]
-        actual = seen[name]["weights"]
-        if name == "bf16":  # the passes compute in bfloat16, and store in float32
-            assert all(w.dtype is torch.float32 for w in actual.values())
-            actual = {n: w.double() for n, w in actual.items()}
-            assert_close(actual, expected, rtol=0, atol=1e-3)
-        else:
-            assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+        stored = torch.float32 if name == "bf16" else torch.float64
+        assert all(w.dtype is stored for w in seen[name]["weights"].values())
+        actual = {n: w.double() for n, w in seen[name]["weights"].items()}
+        rtol, atol = (0, TOLERANCE[name]) if name in TOLERANCE else (1e-10, 1e-12)
+        assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -100,7 +105,7 @@ def test_the_processes_log_the_same_and_the_second_pass_saw_other_weights(runs, 
     assert abs(first["logs"][0]["sam_sharpness"]) > 1e-5
     assert first["logs"][:-1] == second["logs"][:-1]
     if CASES[name]["sam"].get("sam_method") != "asam":
-        rel = 1e-6 if name == "bf16" else 1e-12
+        rel = 1e-6 if name in TOLERANCE else 1e-12
         assert first["logs"][0]["sam_perturbation_norm"] == pytest.approx(RHO, rel=rel)
 
 
