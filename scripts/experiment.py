@@ -12,6 +12,7 @@ import torch
 from script_utils import InputError, check_training_arguments, checkpoint_to_resume
 from shared_arguments import ClassifierArguments, ModelArguments
 from training_utils import (
+    LayoutLine,
     Run,
     format_runs,
     in_words,
@@ -107,6 +108,7 @@ def train_and_compare(
     trainer = build(args, model=model)
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
+    trainer.add_callback(LayoutLine(trainer))
     runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
     if initial_model is not None:
         plain_args = plain_arguments(args, runs[0], trainer.state.global_step)

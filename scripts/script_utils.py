@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import math
+import os
 import sys
 import tempfile
 import warnings
@@ -212,8 +213,14 @@ def check_training_arguments(args: TrainingArguments) -> None:
 
     Raises:
         InputError: an option is set that has no effect here, or that lets the evaluation data
-            choose the model; or a number makes no sense.
+            choose the model; a number makes no sense; or several processes do not find each other.
     """
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" in os.environ and started > 1 and args.world_size == 1:
+        raise InputError(
+            f"{started} processes were started, but there is no GPU for them, and each would train "
+            "alone. Give --use_cpu to train together on the CPU"
+        )
     for name, least in LEAST.items():
         value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:

@@ -246,6 +246,11 @@ class ScriptArguments:
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.compare_with_plain and self.sam_rho == 0:
             raise ValueError("--compare_with_plain has no effect with --sam_rho 0: both are plain")
+        if self.compare_with_plain and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "--compare_with_plain does not go with DeepSpeed, which trains one model in a "
+                "process: give --compare_with_plain false, and train again with --sam_rho 0"
+            )
 
 
 @dataclass

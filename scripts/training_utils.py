@@ -1,4 +1,4 @@
-"""What the training scripts measure and show: metric, progress bar, compute, result, curves."""
+"""What the training scripts measure and show: layout, metric, bar, compute, result, curves."""
 
 from __future__ import annotations
 
@@ -52,6 +52,39 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
     logging.getLogger("transformers.trainer").addFilter(
         lambda record: "keys in the checkpoint model loaded" not in record.getMessage()
     )
+
+
+def describe_layout(trainer: Trainer) -> str:
+    """What runs, and not what was asked for: launchers and libraries may make something else of it.
+
+    Once the training has begun, for only then is the model wrapped.
+    """
+    accelerator, model = trainer.accelerator, trainer.model_wrapped
+    count = accelerator.num_processes
+    parts = [f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}"]
+    if model is not trainer.model or count > 1:
+        plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+        zero = f" (ZeRO-{plugin.zero_stage})" if plugin is not None else ""
+        parts.append(type(model).__name__ + zero)
+    trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    parts.append(f"{' and '.join(sorted(trained))} weights")
+    if accelerator.mixed_precision != "no":
+        parts.append(f"{accelerator.mixed_precision} compute")
+    if accelerator.scaler is not None:
+        parts.append("loss scaling")
+    parts.append(f"{trainer.get_total_train_batch_size(trainer.args)} examples an update")
+    return ", ".join(parts)
+
+
+class LayoutLine(TrainerCallback):
+    """Prints the layout when the training begins."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(describe_layout(self._trainer), flush=True)
 
 
 class QuietProgressBar(ProgressCallback):

@@ -66,7 +66,7 @@ def test_nothing_is_left_to_fill_in():
 
 
 def test_every_script_and_recipe_is_in_the_readme():
-    for path in [*ROOT.glob("scripts/*_*.py"), *ROOT.glob("configs/*.yaml")]:
+    for path in [*ROOT.glob("scripts/*_*.py"), *ROOT.glob("configs/**/*.yaml")]:
         is_command = path.suffix == ".yaml" or "__main__" in path.read_text()
         assert not is_command or path.name in README, path.name
 
