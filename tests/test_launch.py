@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from image_arguments import DataArguments
 from image_data import load_image_data
+from scaling_table import bytes_sent
 
 ROOT = Path(__file__).parent.parent
 FILES = {file.stem: file for file in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
@@ -36,6 +37,7 @@ IMAGES = (
 )
 LAYERS = "--fsdp_transformer_layer_cls_to_wrap"
 PLAIN = "--compare_with_plain false"
+TWO = f"{PLAIN} --gradient_accumulation_steps 2"
 
 
 def case(file: str, script: str, *shims: str, extra: str = "") -> dict[str, Any]:
@@ -50,14 +52,25 @@ CASES = {
     "ddp": case("ddp", IMAGES),
     "bf16": case("bf16", f"{IMAGES} {PLAIN}"),
     "fp16": case("fp16", f"{IMAGES} {PLAIN}", "with_loss_scaling"),
-    "fsdp2": case("fsdp2", f"{IMAGES} {PLAIN}", "as_on_a_gpu", extra=f"{LAYERS} ViTLayer"),
+    "fsdp2": case(
+        "fsdp2", f"{IMAGES} {TWO}", "as_on_a_gpu", "counting_bytes", extra=f"{LAYERS} ViTLayer"
+    ),
     "fsdp2-llama": case(
         "fsdp2",
-        f"train_causal_lm.py configs/pydoc_lm.yaml {SMALL} {TINY} --max_eval_samples 3 {PLAIN}",
+        f"train_causal_lm.py configs/pydoc_lm.yaml {SMALL} {TINY} --max_eval_samples 3 {TWO} "
+        "--sam_scope micro_batch --hidden_size 64 --num_hidden_layers 2 --vocab_size 260",
         "as_on_a_gpu",
+        "counting_bytes",
     ),
-    "deepspeed_zero1": case("deepspeed_zero1", f"{IMAGES} {PLAIN}", "without_compiler"),
-    "deepspeed_zero2": case("deepspeed_zero2", f"{IMAGES} {PLAIN}", "without_compiler"),
+    "deepspeed_zero1": case(
+        "deepspeed_zero1", f"{IMAGES} {TWO}", "without_compiler", "counting_bytes"
+    ),
+    "deepspeed_zero2": case(
+        "deepspeed_zero2",
+        f"{IMAGES} {TWO} --sam_scope micro_batch",
+        "without_compiler",
+        "counting_bytes",
+    ),
     "deepspeed-compared": case("deepspeed_zero2", IMAGES, "without_compiler"),
     "alone": case("ddp", IMAGES.replace("--use_cpu", "")),
     "text": case(
@@ -147,7 +160,7 @@ STARTS = {
 def test_a_launch_file_starts_what_it_says(runs, name):
     first = runs[name][0]
     assert first["code"] == 0, first["errors"][-3000:]
-    examples = 16 if name == "fsdp2-llama" else 32
+    examples = 64 if "deepspeed" in name or name == "fsdp2" else 32
     assert first["output"].splitlines()[2] == (
         f"2 processes on cpu, {STARTS[name]}, {examples} examples an update"
     )
@@ -179,6 +192,26 @@ def test_a_script_in_two_processes_trains_with_sam_and_saves_once(runs, name):
     assert len({run["passes"] for run in results["runs"]}) == 1
     for file in ("README.md", "curves.png", "sam_config.json", "all_results.json"):
         assert (folder / file).is_file(), file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layout", "scope"),
+    [
+        ("fsdp2", "FSDP2", "batch"),
+        ("fsdp2-llama", "FSDP2", "micro_batch"),
+        ("deepspeed_zero1", "ZeRO-1", "batch"),
+        ("deepspeed_zero2", "ZeRO-2", "micro_batch"),
+    ],
+)
+def test_an_update_sends_what_the_table_of_the_readme_says(runs, name, layout, scope):
+    lines = runs[name][0]["output"].splitlines()
+    weights = int(lines[1].split()[1].replace(",", ""))
+    expected = bytes_sent(layout, scope, weights, gpus=2, micro_batches=2)
+    sent = [int(line.split()[0]) for line in lines if line.endswith(" bytes sent")]
+    assert len(sent) == 2
+    # Of models so small, what FSDP2 does not gather a second time is a part that shows.
+    assert sent == pytest.approx([expected] * 2, rel=0.1)
 
 
 @pytest.mark.slow

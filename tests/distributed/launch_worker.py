@@ -14,7 +14,7 @@ import os
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 
 def run_in_this_process(args: Any) -> None:
@@ -69,7 +71,47 @@ def without_compiler() -> Iterator[None]:
         yield
 
 
-SHIMS = {shim.__name__: shim for shim in (as_on_a_gpu, with_loss_scaling, without_compiler)}
+@contextmanager
+def counting_bytes() -> Iterator[None]:
+    """Each update prints what a process would send over a ring of two, without DDP's reductions."""
+    sent = 0
+
+    def counted(function: Callable[..., Any], whole: int, times: float) -> Callable[..., Any]:
+        def call(*tensors: Any, **named: Any) -> Any:
+            nonlocal sent
+            tensor = [*tensors, *named.values()][whole]
+            sent += int(tensor.nbytes * times / 2)
+            return function(*tensors, **named)
+
+        return call
+
+    def on_step_begin(self: CallbackHandler, *args: Any) -> Any:
+        nonlocal sent
+        sent = 0
+        return begin(self, *args)
+
+    def on_step_end(self: CallbackHandler, *args: Any) -> Any:
+        if dist.get_rank() == 0:
+            print(f"{sent} bytes sent")
+        return end(self, *args)
+
+    begin, end = CallbackHandler.on_step_begin, CallbackHandler.on_step_end
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(CallbackHandler, "on_step_begin", on_step_begin))
+        stack.enter_context(patch.object(CallbackHandler, "on_step_end", on_step_end))
+        # FSDP calls these by the one module, what DeepSpeed calls finds them in the other.
+        for module in (dist, distributed_c10d):
+            for name, whole in (("all_gather_single", 0), ("reduce_scatter_single", 1)):
+                function = counted(getattr(module, name), whole, 1)
+                stack.enter_context(patch.object(module, name, function))
+        stack.enter_context(patch.object(dist, "all_reduce", counted(dist.all_reduce, 0, 2)))
+        yield
+
+
+SHIMS = {
+    shim.__name__: shim
+    for shim in (as_on_a_gpu, with_loss_scaling, without_compiler, counting_bytes)
+}
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
