@@ -71,6 +71,7 @@ CASES = {
         "without_compiler",
         "counting_bytes",
     ),
+    "fsdp2-on-cpu": case("fsdp2", IMAGES),
     "deepspeed-compared": case("deepspeed_zero2", IMAGES, "without_compiler"),
     "alone": case("ddp", IMAGES.replace("--use_cpu", "")),
     "text": case(
@@ -92,7 +93,11 @@ CASES = {
         "--train_file {folder}/texts.jsonl --predict_with_generate",
     ),
 }
-REFUSED = ("alone", "deepspeed-compared")
+REFUSED = {
+    "alone": "2 processes were started, but there is no GPU for them",
+    "deepspeed-compared": "--compare_with_plain does not go with DeepSpeed",
+    "fsdp2-on-cpu": "FSDP was asked for, but Accelerate shards nothing on cpu: these 2 processes",
+}
 ENDS_WELL = [name for name in CASES if name not in REFUSED]
 
 
@@ -229,23 +234,15 @@ def test_the_score_is_that_of_one_process_on_all_test_images(runs):
 
 
 @pytest.mark.slow
-def test_processes_that_would_train_alone_are_refused(runs):
-    if torch.accelerator.is_available():
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_not_run_as_asked_is_refused_in_one_line_before_the_training(runs, name):
+    if name == "alone" and torch.accelerator.is_available():
         pytest.skip("without --use_cpu they train together on the accelerators")
-    for ended in runs["alone"][:2]:
-        assert ended["code"] == 2
-        assert "2 processes were started, but there is no GPU for them" in ended["errors"]
-    assert not (runs["alone"][2] / "trainer_state.json").exists()
-
-
-@pytest.mark.slow
-def test_a_comparison_under_deepspeed_is_refused_before_the_training(runs):
-    for ended in runs["deepspeed-compared"][:2]:
-        assert ended["code"] == 2
+    for ended in runs[name][:2]:
+        assert ended["code"] == 2, ended["errors"][-3000:]
         lines = [line for line in ended["errors"].splitlines() if "error: " in line]
-        assert len(lines) == 1
-        assert "--compare_with_plain does not go with DeepSpeed" in lines[0]
-    assert not (runs["deepspeed-compared"][2] / "trainer_state.json").exists()
+        assert len(lines) == 1 and REFUSED[name] in lines[0]
+    assert not (runs[name][2] / "trainer_state.json").exists()
 
 
 @pytest.mark.slow

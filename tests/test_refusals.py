@@ -116,6 +116,22 @@ def test_a_layout_that_cannot_work_raises_at_construction_and_is_let_pass_withou
     build(rho, trainer_class=with_accelerator(says), match=match)
 
 
+@LEFT_OFF
+@pytest.mark.parametrize("by", ["options", "launcher"])
+def test_fsdp_that_accelerate_has_dropped_raises_at_construction(by, rho, monkeypatch):
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+
+    def says(trainer: Any) -> None:
+        trainer.accelerator = Proxy(trainer.accelerator, num_processes=2)
+        if by == "options":  # with one process, the Trainer refuses the real one
+            trainer.args.fsdp_plugin_args = {"fsdp_version": 2}
+
+    match = "FSDP was asked for.*nothing on cpu: these 2 processes.*with DDP.*Leave `fsdp` out"
+    build(rho, trainer_class=with_accelerator(says), match=match)
+
+
 def test_reentrant_checkpointing_beside_deepspeed_raises_at_construction():
     checkpointing = {
         "gradient_checkpointing": True,

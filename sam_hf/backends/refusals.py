@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -77,6 +78,13 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
                 f"{name}={size} in distributed_config: SAM does not know which process holds which "
                 f"weights there. Set {name}=1 (FSDP2 and tp_size are supported), or sam_rho=0."
             )
+    if _fsdp_was_dropped(trainer):
+        raise ValueError(
+            f"FSDP was asked for, but Accelerate shards nothing on {accelerator.device.type}: "
+            f"these {accelerator.num_processes} processes would train with DDP, all weights in "
+            "each. Leave `fsdp` out, shard the model when it is loaded (`distributed_config`), "
+            "train on GPUs, or set sam_rho=0."
+        )
     kind = accelerator.distributed_type
     if accelerator.num_processes > 1 and kind not in _SUPPORTED:
         raise ValueError(
@@ -97,6 +105,16 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             f"{', '.join(sparse)}: the gradient is sparse, and SAM needs dense ones. Build the "
             "embedding with sparse=False, or set sam_rho=0."
         )
+
+
+def _fsdp_was_dropped(trainer: Any) -> bool:
+    """Whether the options or `accelerate launch` say FSDP, and it is not what runs."""
+    # Accelerate sets the first of the two by itself once a plugin is there; the launcher sets both.
+    is_launched = os.environ.get("ACCELERATE_USE_FSDP") == "true" and "FSDP_VERSION" in os.environ
+    is_asked = is_launched or getattr(trainer.args, "fsdp_plugin_args", None) is not None
+    is_loaded = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    is_sharded = trainer.is_fsdp_enabled or is_loaded
+    return is_asked and not is_sharded and trainer.accelerator.num_processes > 1
 
 
 def _refuse_deepspeed(trainer: Any) -> None:
