@@ -3,6 +3,7 @@
     python scripts/benchmark_step.py                                # 40M parameters, on the CPU
     python scripts/benchmark_step.py --device cuda --dtype bf16 --batch_size 32
     python scripts/benchmark_step.py --model bert-base-uncased --output_json bert.json
+    python scripts/benchmark_step.py --layout ddp --processes 2     # starts the processes itself
 
 Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
 optimizer step, clearing the gradients; not the loading of data and the writing of logs. All share
@@ -23,20 +24,34 @@ whatever else the machine does falls on all of them.
     / hand-written       ratio of the medians: 1 and below is no slower than by hand
     extra MiB            peak memory over that of the plain row, counted in bytes of tensors
     x perturbed          the same in units of the bytes of the parameters that the row perturbs
+
+With a --layout other than "one", each process trains one row after the other, there and back, each
+with a model and an optimizer of its own. The loops written by hand are left out. Then:
+
+    all_reduce, ...      how many of these collectives an update calls, x the bytes (in MiB) of what
+                         they gather or reduce in all. Counted in one update, from its first pass to
+                         its cleared gradients, not computed
+    sent MiB             what each process then sends over a ring
+    / plain              the same in units of the plain row
+    extra MiB            on a GPU alone
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from benchmark_layouts import hand_over, is_started, run_rows, start_processes
 from benchmark_utils import (
     BUILT_IN,
     Clock,
@@ -70,6 +85,7 @@ ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
     "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
 }
 MIB = 2**20
+IN_LAYOUTS = [name for name in ROWS if not name.startswith(BY_HAND)]
 
 
 @dataclass
@@ -78,16 +94,28 @@ class BenchmarkArguments:
         default="transformer-40m",
         metadata={"help": f"{' or '.join(BUILT_IN)} (built in), or a model's name or folder."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Examples in an update."})
-    sequence_length: int = field(default=128, metadata={"help": "Tokens in an example."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Examples in a micro-batch, in each process."}
+    )
+    accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches in an update."})
+    sequence_length: int = field(
+        default=128, metadata={"help": "Tokens in an example. Images have their model's size."}
+    )
     rounds: int = field(default=15, metadata={"help": "How many times every row takes its turn."})
     rows: list[str] | None = field(
         default=None,
         metadata={"help": f"Only these, of {list(ROWS)}. The first two are always there."},
     )
-    dtype: Literal["fp32", "bf16"] = field(
-        default="fp32", metadata={"help": "What is computed in (bf16: autocast, fp32 weights)."}
+    layout: Literal["one", "ddp", "fsdp2", "zero1", "zero2"] = field(
+        default="one", metadata={"help": "One process, or how several share the work."}
     )
+    processes: int = field(default=2, metadata={"help": "How many, in the other layouts."})
+    dtype: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32",
+        metadata={"help": "What is computed in (autocast, fp32 weights; fp16: scaled on a GPU)."},
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    torch_compile_backend: str = field(default="inductor", metadata={"help": "With what."})
     device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's."})
     imports: int = field(
@@ -98,19 +126,32 @@ class BenchmarkArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "rounds", "threads"):
+        positive = ("batch_size", "accumulation_steps", "sequence_length", "rounds", "threads")
+        for name in (*positive, "processes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed. Allowed: 1 and more.")
         if self.imports < 0:
             raise ValueError(f"imports={self.imports} is not allowed. Allowed: 0 and more.")
-        if unknown := [row for row in self.rows or [] if row not in ROWS]:
-            raise ValueError(f"rows={unknown} is not allowed. Allowed: {', '.join(ROWS)}.")
-        if self.device == "cuda" and torch.cuda.device_count() != 1:
+        allowed = list(ROWS) if self.layout == "one" else IN_LAYOUTS
+        if unknown := [row for row in self.rows or [] if row not in allowed]:
             raise ValueError(
-                f"device='cuda' needs one visible GPU, and here are {torch.cuda.device_count()}. "
+                f"rows={unknown} is not allowed with layout={self.layout!r}. "
+                f"Allowed: {', '.join(allowed)}."
+            )
+        gpus = torch.cuda.device_count() if self.device == "cuda" else None
+        if gpus is not None and self.layout == "one" and gpus != 1:
+            raise ValueError(
+                f"device='cuda' needs one visible GPU, and here are {gpus}. "
                 "Set CUDA_VISIBLE_DEVICES to one of them, or choose --device cpu."
             )
+        if gpus is not None and self.layout != "one" and gpus < self.processes:
+            raise ValueError(
+                f"processes={self.processes} with device='cuda' needs as many GPUs, and here are "
+                f"{gpus}. Choose fewer --processes, or --device cpu."
+            )
+        if self.layout.startswith("zero") and find_spec("deepspeed") is None:
+            raise ValueError(f"layout={self.layout!r} needs DeepSpeed: pip install deepspeed.")
         if self.output_json and not Path(self.output_json).absolute().parent.is_dir():
             raise ValueError(f"output_json={self.output_json!r}: there is no such folder.")
 
@@ -121,7 +162,7 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = build_model(options.model, options.sequence_length)
-    examples = random_examples(model, 2 * options.batch_size, options.sequence_length)
+    examples = examples_for(model, options)
     names = [name for name in ROWS if name in (PLAIN, FLOOR) or name in (options.rows or ROWS)]
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +186,46 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
         "options": asdict(options),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "inputs": model.main_input_name,
         "rows": rows,
         "imports": import_seconds(options.imports) if options.imports else {},
+    }
+
+
+def examples_for(
+    model: torch.nn.Module, options: BenchmarkArguments
+) -> list[dict[str, torch.Tensor]]:
+    """Enough for two updates, as `two_updates` wants."""
+    processes = 1 if options.layout == "one" else options.processes
+    count = 2 * options.batch_size * options.accumulation_steps * processes
+    return random_examples(model, count, options.sequence_length)
+
+
+def benchmark_layout(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure in each of the processes. Returns what `benchmark` does."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = options.rows or ["sam", "sam, micro_batch"]
+    names = [name for name in IN_LAYOUTS if name in (PLAIN, FLOOR) or name in chosen]
+    torch.manual_seed(0)
+    first = build_model(options.model, options.sequence_length)
+    examples = examples_for(first, options)
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(name: str, model: torch.nn.Module, **more: Any) -> Trainer:
+            return build_trainer(name, options, model, examples, folder, None, **more)
+
+        rows = run_rows(names, options, lambda: copy.deepcopy(first), trainer)
+    for row in rows.values():
+        row["median_ms"] = 1e3 * statistics.median(row["seconds"])
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in first.parameters()),
+        "inputs": first.main_input_name,
+        "rows": rows,
+        "imports": {},
     }
 
 
@@ -157,6 +236,7 @@ def build_trainer(
     examples: list[dict[str, torch.Tensor]],
     folder: str,
     optimizer: Any,
+    **more: Any,
 ) -> Trainer:
     trainer_class, sam_options, is_logged = ROWS[name]
     args = TrainingArguments(
@@ -164,13 +244,18 @@ def build_trainer(
         max_steps=1,
         per_device_train_batch_size=options.batch_size,
         learning_rate=1e-5,
+        gradient_accumulation_steps=options.accumulation_steps,
         bf16=options.dtype == "bf16",
+        fp16=options.dtype == "fp16",
+        torch_compile=options.torch_compile,
+        torch_compile_backend=options.torch_compile_backend if options.torch_compile else None,
         use_cpu=options.device == "cpu",
         dataloader_pin_memory=False,
         logging_steps=1 if is_logged else 10**9,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        **more,
     )
     is_sam = issubclass(trainer_class, SAMTrainer)
     trainer = trainer_class(
@@ -205,8 +290,47 @@ def take_turns(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[floa
     return {name: clock.seconds[1:] for name, clock in clocks.items()}
 
 
+def title(result: dict[str, Any]) -> str:
+    options = result["options"]
+    where = options["device"]
+    if options["layout"] != "one":
+        where = f"{options['layout']} on {options['processes']} {where} processes"
+    steps = f"{options['accumulation_steps']} x " if options["accumulation_steps"] > 1 else ""
+    compiled = ", compiled" if options["torch_compile"] else ""
+    examples = f"{options['batch_size']} x {options['sequence_length']} tokens"
+    if result["inputs"] == "pixel_values":
+        examples = f"{options['batch_size']} images"
+    return (
+        f"{options['model']}: {result['parameters'] / 1e6:.1f} million parameters, "
+        f"{steps}{examples}, "
+        f"{options['dtype']}{compiled}, "
+        f"{where}, {result['threads']} threads, {options['rounds']} rounds"
+    )
+
+
+def layout_table(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["calls"]))
+    lines = []
+    for name, row in rows.items():
+        ms, plain = row["median_ms"], rows[PLAIN]
+        line = [name, f"{ms:.1f}", f"{ms / rows[FLOOR]['median_ms']:.3f}"]
+        line += [
+            f"{row['calls'].get(kind, 0)} x {row['bytes'].get(kind, 0) / MIB:.3f}" for kind in kinds
+        ]
+        line += [f"{row['sent_bytes'] / MIB:.3f}"]
+        line += [f"{row['sent_bytes'] / plain['sent_bytes']:.3f}"]
+        if row["peak_bytes"] is not None:
+            line += [f"{(row['peak_bytes'] - plain['peak_bytes']) / MIB:.1f}"]
+        lines.append(line)
+    header = ["update", "ms", "/ two passes", *kinds, "sent MiB", "/ plain", "extra MiB"]
+    return "\n".join([title(result), "", format_table(header[: len(lines[0])], lines)])
+
+
 def table(result: dict[str, Any]) -> str:
-    options, rows = result["options"], result["rows"]
+    if result["options"]["layout"] != "one":
+        return layout_table(result)
+    rows = result["rows"]
     lines = []
     for name, row in rows.items():
         ms = [1e3 * s for s in row["seconds"]]
@@ -221,16 +345,13 @@ def table(result: dict[str, Any]) -> str:
             memory[1] = "-"  # they perturb nothing
         lines.append([name, f"{row['median_ms']:.1f}", f"{high - low:.1f}", *ratios, *memory])
     header = ["update", "ms", "quartiles", "/ two passes", "/ hand-written", "extra MiB"]
-    title = (
-        f"{options['model']}: {result['parameters'] / 1e6:.1f} million parameters, "
-        f"{options['batch_size']} x {options['sequence_length']} tokens, {options['dtype']}, "
-        f"{options['device']}, {result['threads']} threads, {options['rounds']} rounds"
-    )
     imports = [
         f"{statement}: {1e3 * added:.0f} ms on top of {1e3 * before:.0f} ms for its prerequisite"
         for statement, (added, before) in result["imports"].items()
     ]
-    return "\n".join([title, "", format_table([*header, "x perturbed"], lines), "", *imports])
+    return "\n".join(
+        [title(result), "", format_table([*header, "x perturbed"], lines), "", *imports]
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -238,10 +359,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     logging.set_verbosity_error()
     try:
         (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-        result = benchmark(options)
+        if is_started():
+            result = benchmark_layout(options)
+            hand_over(result)
+            return result
+        if options.layout == "one":
+            result = benchmark(options)
+        else:
+            build_model(options.model, options.sequence_length)  # or none of the processes can
+            given = sys.argv[1:] if argv is None else argv
+            result = start_processes(given, options.processes, options.device == "cpu")
     except ValueError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the process has said why
     print(table(result))
     if options.output_json:
         Path(options.output_json).write_text(json.dumps(result, indent=2) + "\n")

@@ -18,36 +18,54 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
     Trainer,
     TrainerCallback,
+    ViTConfig,
 )
 
-# Decoders with a small vocabulary, so that the blocks and not the output layer fill the time.
-BUILT_IN = {
-    "transformer-40m": {"n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 4096},
-    "transformer-tiny": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64},
-}
 BUILT_IN_POSITIONS = 512
+
+
+def _gpt2(**sizes: int) -> PreTrainedConfig:
+    # A small vocabulary, so that the blocks and not the output layer fill the time.
+    return GPT2Config(n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **sizes)
+
+
+BUILT_IN: dict[str, Callable[[], PreTrainedConfig]] = {
+    "transformer-40m": lambda: _gpt2(n_embd=512, n_layer=12, n_head=8, vocab_size=4096),
+    "transformer-tiny": lambda: _gpt2(n_embd=32, n_layer=2, n_head=2, vocab_size=64),
+    "decoder-1b": lambda: LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    "vit-base": lambda: ViTConfig(num_labels=1000),
+}
 
 # ------------------------------------------------------------------------------- model and examples
 
 
 def build_model(name: str, sequence_length: int) -> nn.Module:
-    """A language model of the architecture's kind (masked, causal, ...) with random weights.
+    """A model of the architecture's kind (masked, causal, images, ...) with random weights.
 
     The time of a step does not depend on the weights, so that nothing but the configuration of a
     named model is read.
 
     Raises:
-        ValueError: there is no such model, it does not read text, or the examples are too long.
+        ValueError: there is no such model, it reads neither text nor images, or the examples are
+            too long.
     """
     if name in BUILT_IN:
-        config = GPT2Config(
-            n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **BUILT_IN[name]
-        )
+        config = BUILT_IN[name]()
     else:
         try:
             config = AutoConfig.from_pretrained(name)
@@ -61,14 +79,33 @@ def build_model(name: str, sequence_length: int) -> nn.Module:
         raise ValueError(
             f"sequence_length={sequence_length} is too long: {name} has {positions} positions."
         )
-    for auto_class in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM):
+    for auto_class in (
+        AutoModelForSeq2SeqLM,
+        AutoModelForMaskedLM,
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+    ):
         if type(config) in auto_class._model_mapping:
             return auto_class.from_config(config)
-    raise ValueError(f"model={name!r} ({config.model_type}) is no language model. Choose one.")
+    raise ValueError(
+        f"model={name!r} ({config.model_type}) is neither a language model nor one that "
+        "classifies images. Choose one."
+    )
 
 
 def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[dict[str, Tensor]]:
-    """Random tokens that are to be predicted."""
+    """Random tokens that are to be predicted, or images of the model's size with random labels."""
+    if model.main_input_name == "pixel_values":
+        config = model.config
+        return [
+            {
+                "pixel_values": torch.randn(
+                    config.num_channels, config.image_size, config.image_size
+                ),
+                "labels": torch.randint(config.num_labels, ()),
+            }
+            for _ in range(count)
+        ]
     vocabulary = model.config.get_text_config().vocab_size
     examples = []
     for _ in range(count):
@@ -86,8 +123,12 @@ class TwoPassTrainer(Trainer):
     """Two plain passes an update and nothing between them: no SAM can be faster."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if self.is_deepspeed_enabled:  # or it would step after the first pass too
+            self.accelerator.gradient_state._set_sync_gradients(False)
         loss = super().training_step(model, *args, **kwargs)
         model.zero_grad()
+        if self.is_deepspeed_enabled:
+            self.accelerator.gradient_state._set_sync_gradients(True)
         super().training_step(model, *args, **kwargs)
         return loss
 

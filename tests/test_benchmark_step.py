@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, T5Config, Trainer, ViTConfig
+from transformers import BertConfig, T5Config, Trainer, Wav2Vec2Config
 
 pytest.importorskip("sam_hf")
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -232,7 +232,7 @@ def test_a_model_folder_needs_only_a_configuration(config_class, sizes, tmp_path
     assert sam_line[4] == "-"  # there is no hand-written row to compare with
 
 
-def test_a_model_of_images_is_refused(tmp_path):
-    ViTConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no language model"):
+def test_a_model_of_sounds_is_refused(tmp_path):
+    Wav2Vec2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither a language model nor one that classifies"):
         build_model(str(tmp_path), 16)
