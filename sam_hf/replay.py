@@ -116,8 +116,9 @@ class RecordedCall:
             result = function(*args, **kwargs)
         finally:
             self.is_running = False
-        # A copy: the caller may rescale the loss in place.
-        self.loss = _loss_in(result).detach().clone()
+        loss = _loss_in(result).detach()
+        # A copy: the caller may rescale the loss in place. `DataParallel` gives one per device.
+        self.loss = loss.mean() if loss.ndim else loss.clone()
         return result
 
     def repeat(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

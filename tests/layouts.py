@@ -71,7 +71,7 @@ def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[l
     """
     steps = options["args"].get("gradient_accumulation_steps", 1)
     kind = options.get("model", "classifier")
-    processes = 1 if options["layout"] == "tp" else PROCESSES  # that have batches of their own
+    processes = 1 if options.get("layout") == "tp" else PROCESSES  # that have batches of their own
     updates = windows(data(kind).rows, steps, processes)
     if is_shared:
         starts = range(0, processes * steps, processes)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import Classifier, examples
+from layouts import PROCESSES, UPDATES, by_the_paper, launch
+from tiny import Classifier
 from torch import Tensor
 from torch.testing import assert_close
 from twin_runs import by_the_twin, means
 
-WORKER = Path(__file__).parent / "distributed" / "ddp_worker.py"
-RHO, PROCESSES, BATCH, UPDATES = 0.3, 2, 4, 3
+RHO = 0.3
 
 
 def case(scope: str, steps: int, **args: Any) -> dict[str, Any]:
@@ -80,42 +75,22 @@ SOMETIMES["micro_batch-each-sometimes"] = {
 REFUSED = {"micro_batch-1-static": case("micro_batch", 1, ddp_static_graph=True)}
 
 
+def untrained() -> Classifier:
+    """The model, the same in every process."""
+    torch.manual_seed(0)
+    return Classifier()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[dict[str, Any]]:
     """What each process saw of each case: all of them in one launch."""
-    folder = tmp_path_factory.mktemp("ddp")
-    (folder / "cases.json").write_text(json.dumps(REDUCED | UNEVEN | SOMETIMES | REFUSED))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={PROCESSES}", str(WORKER), str(folder / "cases.json")]
-    done = subprocess.run(
-        [*command, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
-
-
-def windows(steps: int) -> list[list[list[Any]]]:
-    """The rows of each micro-batch of each update: the processes take turns, batch by batch."""
-    rows = examples(48).rows
-    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
-    size = PROCESSES * steps
-    return [
-        [batches[i % len(batches)] for i in range(size * update, size * (update + 1))]
-        for update in range(UPDATES)
-    ]
+    cases = REDUCED | UNEVEN | SOMETIMES | REFUSED
+    return launch("ddp_worker.py", cases, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("name", REDUCED)
 def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
-    options = REDUCED[name]
-    torch.manual_seed(0)
-    model = Classifier()
-    updates = means(model, windows(options["args"]["gradient_accumulation_steps"]))
-    expected = by_the_twin(model, updates, RHO, scope=options["sam"]["sam_scope"])
+    expected = by_the_paper(REDUCED[name], untrained(), is_shared=False)
     for seen in runs:
         assert "error" not in seen[name], seen[name]
         assert seen[name]["world_size"] == PROCESSES
@@ -153,8 +128,7 @@ def test_the_last_batches_of_an_epoch_count_as_the_twin_says(runs, name):
     sizes = [[[len(b["labels"]) for b in w] for w in seen[name]["windows"]] for seen in runs]
     assert sizes == list(ENDS[end][2:])
     of_updates = zip(*(seen[name]["windows"] for seen in runs), strict=True)
-    torch.manual_seed(0)
-    model = Classifier()
+    model = untrained()
     updates = means(model, [[rows_of(b) for window in of for b in window] for of in of_updates])
     expected = by_the_twin(model, updates, RHO, scope=scope)
     for seen in runs:

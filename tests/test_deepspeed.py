@@ -61,6 +61,7 @@ HALF = {
 }
 # A loss scale that no gradient of fp16 survives, neither that of the ascent nor that of the descent
 OVERFLOW = {"overflow": case(2, **half("fp16", initial_scale_power=30))}
+# |w - twin|; 1e-6 where nothing is said
 TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "autocast": 1e-3}
 
 

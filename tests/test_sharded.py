@@ -71,7 +71,7 @@ CASES = {
     "tensor-parallel": case("tp", steps=2, model="llama"),
     "tensor-parallel-micro_batch": case("tp", "micro_batch", 2, model="llama"),
 }
-# Where the passes compute in less than float64: Llama's norms and loss are of float32.
+# |w - twin|, where the passes compute in less than float64: Llama's norms and loss are of float32.
 TOLERANCE = {"bf16": 1e-3, "tensor-parallel": 1e-8, "tensor-parallel-micro_batch": 1e-8}
 
 
