@@ -128,6 +128,6 @@ def _refuse_deepspeed(trainer: Any) -> None:
     options = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and options.get("use_reentrant"):
         raise ValueError(
-            "use_reentrant=True in gradient_checkpointing_kwargs does not allow the gradients of "
+            "use_reentrant=True in activation_checkpointing_kwargs does not allow the gradients of "
             "the ascent to be computed beside DeepSpeed. Set use_reentrant=False, or sam_rho=0."
         )

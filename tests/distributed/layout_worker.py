@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -135,6 +136,9 @@ def build(case: dict[str, Any], folder: Path) -> Any:
         model = untrained(case).to(getattr(torch, case.get("dtype", "float64")))
     if layout == "fsdp2":
         as_on_gpus()
+    if layout == "deepspeed":
+        # It would first compile its sums through shared memory, for minutes.
+        patch("deepspeed.comm.torch.build_shm_op", lambda: None).start()
     watch = Watch()
     trainer = SAMTrainer(
         model=model,
@@ -184,6 +188,8 @@ if __name__ == "__main__":
             results[name] = train(case, folder)
         except (ValueError, RuntimeError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
+        for name in [n for n in os.environ if "FSDP" in n]:  # what Accelerate leaves behind
+            del os.environ[name]
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
