@@ -42,7 +42,7 @@ def launch(
 
 def data(model: str) -> Rows:
     """The examples of a kind of model."""
-    if model == "classifier":
+    if model in ("classifier", "seldom"):
         return examples(48)
     rows = sentences(48).rows
     if model == "llama":  # nothing predicts the first token, and the Trainer does not count it
@@ -76,7 +76,7 @@ def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[l
     if is_shared:
         starts = range(0, processes * steps, processes)
         updates = [[list(chain(*u[i : i + processes])) for i in starts] for u in updates]
-    return (means if kind == "classifier" else token_means)(model, updates)
+    return (means if kind in ("classifier", "seldom") else token_means)(model, updates)
 
 
 def by_the_paper(options: dict[str, Any], model: nn.Module, is_shared: bool) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from layouts import data
 from peft import LoraConfig, get_peft_model
-from sharded_models import ShardedClassifier, TiedLanguageModel, TinyConfig
+from sharded_models import SeldomClassifier, ShardedClassifier, TiedLanguageModel, TinyConfig
 from tiny import VOCABULARY, arguments
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
@@ -41,6 +41,7 @@ LLAMA = LlamaConfig(
 )
 MODELS = {
     "classifier": (ShardedClassifier, TinyConfig()),
+    "seldom": (SeldomClassifier, TinyConfig()),
     "language": (TiedLanguageModel, TinyConfig()),
     "llama": (LlamaForCausalLM, LLAMA),
 }

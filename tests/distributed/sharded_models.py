@@ -46,6 +46,17 @@ class ShardedClassifier(TinyModel):
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
+class SeldomClassifier(ShardedClassifier):
+    """Has a parameter that only some batches use: those whose first number is positive."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.extra = nn.Parameter(torch.ones(FEATURES, dtype=torch.float64))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return super().forward(x * self.extra if x[0, 0] > 0 else x, labels)
+
+
 class TiedLanguageModel(TinyModel):
     """An embedding that is the head too. The loss is the mean over the tokens of the update."""
 
