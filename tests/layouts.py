@@ -52,13 +52,14 @@ def data(model: str) -> Rows:
 
 
 def windows(rows: list[Any], steps: int, processes: int = PROCESSES) -> list[list[list[Any]]]:
-    """The rows of each micro-batch of each update: the processes take turns, batch by batch."""
+    """The rows of each micro-batch of each update: the processes take turns, batch by batch.
+
+    The last update of an epoch has fewer, if the epoch does not hold enough.
+    """
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     size = processes * steps
-    return [
-        [batches[i % len(batches)] for i in range(size * update, size * (update + 1))]
-        for update in range(UPDATES)
-    ]
+    epoch = [batches[i : i + size] for i in range(0, len(batches), size)]
+    return [epoch[update % len(epoch)] for update in range(UPDATES)]
 
 
 def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[list[Any]]:
@@ -74,8 +75,10 @@ def shares(options: dict[str, Any], model: nn.Module, is_shared: bool) -> list[l
     processes = 1 if options.get("layout") == "tp" else PROCESSES  # that have batches of their own
     updates = windows(data(kind).rows, steps, processes)
     if is_shared:
-        starts = range(0, processes * steps, processes)
-        updates = [[list(chain(*u[i : i + processes])) for i in starts] for u in updates]
+        updates = [
+            [list(chain(*u[i : i + processes])) for i in range(0, len(u), processes)]
+            for u in updates
+        ]
     return (means if kind in ("classifier", "seldom") else token_means)(model, updates)
 
 

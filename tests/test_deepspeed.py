@@ -50,6 +50,8 @@ CASES = {
     "clipped": case(2, steps=2, args={"max_grad_norm": 0.3}),
     "adapters": case(2, steps=2, lora={"target_modules": ["first", "second"], "r": 2}),
     "overlapped": case(2, "micro_batch", 2, zero={"overlap_comm": True}),
+    "short-window": case(1, steps=4),
+    "short-window-micro_batch": case(2, "micro_batch", 4),
     "seldom": case(1, "micro_batch", model="seldom", sam={"sam_params": "extra"}),
     "seldom-batch": case(1, model="seldom", sam={"sam_params": "extra"}),
     "some": case(1, "micro_batch", 2, sam={"sam_params": "second"}),

@@ -43,6 +43,8 @@ CASES = {
     "load-replicas-micro_batch": case(
         "fsdp2-load", "micro_batch", 2, config={"fsdp_size": 1, "dp_replicate_size": 2}
     ),
+    "load-short-window": case("fsdp2-load", steps=4),
+    "short-window-micro_batch": case("fsdp2", "micro_batch", 4),
     "load-tied": case("fsdp2-load", steps=2, model="language"),
     "load-asam": case("fsdp2-load", sam={"sam_method": "asam", "sam_eta": 0.2}),
     "load-some": case("fsdp2-load", "micro_batch", 2, sam={"sam_params": "second"}),
