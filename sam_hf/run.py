@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import backend_for
+from .backends import backend_for, reshard
 from .config import SAMConfig
 from .methods import Dot
 from .params import parameter_groups, select_parameters
@@ -30,6 +30,7 @@ class Run:
 
     def __init__(self, config: SAMConfig, trainer: Any) -> None:
         model: nn.Module = trainer.model  # not wrapped: its parameters have their own names
+        reshard(model)
         self.method = config.build_method()
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)

@@ -198,6 +198,7 @@ class SAMTrainerMixin(PublishingMixin):
             perturbation.restore()
             if not is_complete:
                 run.discard_update()  # a part of g_s is no gradient to step with
+                run.backend.recover(model)
 
         with undoing(undo):
             if perturbed:

@@ -92,7 +92,7 @@ def by_the_paper(options: dict[str, Any], model: nn.Module, is_shared: bool) -> 
     if sam.get("sam_method") == "asam":
         twin |= {"step": asam_step, "eta": sam["sam_eta"], "adaptive": [True] * len(trained)}
     clip = options["args"].get("max_grad_norm", 0.0)
-    updates = shares(options, model, is_shared)
+    updates = shares(options, model, is_shared) * options.get("trains", 1)
     return by_the_twin(model, updates, sam["sam_rho"], clip, scope=sam["sam_scope"], **twin)
 
 

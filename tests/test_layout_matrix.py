@@ -17,7 +17,13 @@ NAME = "micro_batch-2"
 def seen(**changed):
     weights = by_the_paper(test_ddp.CASES[NAME], test_ddp.untrained(), is_shared=False)
     logs = [{"sam_sharpness": 0.3}]
-    good = {"weights": weights, "logs": logs, "is_restored": True, "world_size": 2, "wrapper": "?"}
+    good = {
+        "weights": weights,
+        "logs": logs,
+        "is_restored": True,
+        "world_size": 2,
+        "wrapper": "DistributedDataParallel",
+    }
     return [{NAME: good}, {NAME: good | changed}]
 
 
@@ -26,6 +32,8 @@ def seen(**changed):
     [
         ({}, True),
         ({"is_restored": False}, False),
+        ({"wrapper": "Classifier"}, False),
+        ({"world_size": 1}, False),
         ({"error": "ValueError: no"}, False),
         ({"weights": {n: w * (1 + 1e-8) for n, w in seen()[0][NAME]["weights"].items()}}, False),
     ],

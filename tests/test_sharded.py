@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import DISTRIBUTED, PROCESSES, by_the_paper, first_gradient_norm, launch
+import torch.distributed as dist
+from layouts import DISTRIBUTED, PROCESSES, by_the_paper, data, first_gradient_norm, launch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing import assert_close
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.data import default_collate
+
+from sam_hf.backends.sharded import _shards
 
 sys.path.insert(0, str(DISTRIBUTED))
 
@@ -45,6 +54,7 @@ CASES = {
     ),
     "load-short-window": case("fsdp2-load", steps=4),
     "short-window-micro_batch": case("fsdp2", "micro_batch", 4),
+    "load-twice": case("fsdp2-load", trains=2),
     "load-tied": case("fsdp2-load", steps=2, model="language"),
     "load-asam": case("fsdp2-load", sam={"sam_method": "asam", "sam_eta": 0.2}),
     "load-some": case("fsdp2-load", "micro_batch", 2, sam={"sam_params": "second"}),
@@ -73,13 +83,18 @@ CASES = {
     "tensor-parallel": case("tp", steps=2, model="llama"),
     "tensor-parallel-micro_batch": case("tp", "micro_batch", 2, model="llama"),
 }
+FAILING = {
+    f"{layout}-{scope}-fails": case(layout, scope, 2, fails=True)
+    for layout in ("fsdp2-load", "fsdp2")
+    for scope in ("batch", "micro_batch")
+}
 # |w - twin|, where the passes compute in less than float64: Llama's norms and loss are of float32.
 TOLERANCE = {"bf16": 1e-3, "tensor-parallel": 1e-8, "tensor-parallel-micro_batch": 1e-8}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch("layout_worker.py", CASES, tmp_path_factory.mktemp("fsdp2"))
+    return launch("layout_worker.py", CASES | FAILING, tmp_path_factory.mktemp("fsdp2"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,3 +132,32 @@ def test_the_gradient_norm_in_the_log_is_that_of_all_processes_and_shards(runs, 
     for seen in runs:
         logged = seen[name]["logs"][0]["sam_ascent_grad_norm"]
         assert logged == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_after_a_failure_at_w_plus_e_nobody_sees_it_also_not_in_weights_that_were_gathered(
+    runs, name
+):
+    model, rows = untrained(FAILING[name]), data("classifier").rows
+    with torch.no_grad():
+        expected = float(model(**default_collate(rows))["loss"])
+    for seen in runs:
+        assert "error" not in seen[name], seen[name]
+        for n, w in seen[name]["before"].items():
+            assert torch.equal(seen[name]["weights"][n], w)
+        assert seen[name]["evaluated"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_weight_that_fsdp2_and_tensor_parallelism_cut_in_one_dimension_is_cut_in_four():
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16))
+        plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["fsdp"])
+        for p in model.parameters():
+            assert _shards(p) * p.to_local().numel() == p.numel(), p.placements
+        assert _shards(model[0].weight) == 4
+    finally:
+        dist.destroy_process_group()

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from .deepspeed import DeepSpeedBackend
 from .refusals import refuse_what_cannot_work
 from .replicated import Backend
-from .sharded import ShardedBackend
+from .sharded import ShardedBackend, reshard
 
-__all__ = ["Backend", "backend_for", "refuse_what_cannot_work"]
+__all__ = ["Backend", "backend_for", "refuse_what_cannot_work", "reshard"]
 
 
 def backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
@@ -27,5 +27,7 @@ def backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
     if trainer.is_deepspeed_enabled:
         return DeepSpeedBackend(weights, accelerator, n_devices)
     if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
-        return ShardedBackend(weights, accelerator, n_devices)
+        sharding = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+        n_replicas = getattr(sharding, "dp_replicate_size", None) or 1
+        return ShardedBackend(weights, accelerator, n_devices, has_replicas=n_replicas > 1)
     return Backend(weights, accelerator, n_devices)

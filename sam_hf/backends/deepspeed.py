@@ -29,6 +29,10 @@ class DeepSpeedBackend(Backend):
 
     @property
     def _engine(self) -> Any:
+        if self._accelerator.deepspeed_engine_wrapped is None:
+            raise RuntimeError(
+                "DeepSpeed's engine is gone after the first train() of a trainer. Make a new one."
+            )
         return self._accelerator.deepspeed_engine_wrapped.engine
 
     @property
@@ -48,7 +52,7 @@ class DeepSpeedBackend(Backend):
             for w, g in zip(self._weights, grads, strict=True):
                 if g is not None:
                     # autograd may hand out one tensor twice, or an expanded one
-                    w.grad = g.clone() if w.grad is None else w.grad + g
+                    w.grad = g.clone() if w.grad is None else w.grad.add_(g)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             dtype, enabled = engine.torch_autocast_dtype(), engine.torch_autocast_enabled()

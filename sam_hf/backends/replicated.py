@@ -93,11 +93,14 @@ class Backend:
         yield
         put_back()
 
+    def recover(self, model: nn.Module) -> None:
+        """After a failure at w + e: forget what the pass has left of it beside the weights."""
+
     # ---- Reading and writing -----------------------------------------------------------------
 
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """What this process holds of the weights: tensors that share their memory."""
-        return [w.detach() for w in weights]
+        return list(weights)
 
     def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
         """Whether micro-batches of the current update may have left gradients."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..methods import Dot
@@ -24,23 +25,23 @@ class ShardedBackend(Backend):
 
     The shards are written in place. The weights of a forward pass are gathered from their memory:
     another tensor in the place of a parameter would not be seen.
+
+    Args:
+        has_replicas: whether a model that was sharded when it was loaded has replicas (HSDP).
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], *args: Any) -> None:
+    def __init__(
+        self, weights: Sequence[nn.Parameter], *args: Any, has_replicas: bool = False
+    ) -> None:
         super().__init__(weights, *args)
-        self._has_replicas = any(
-            placement.is_replicate()
-            for w in weights
-            if isinstance(w, DTensor)
-            for placement in w.placements
-        )
+        self._has_replicas = has_replicas
 
     @property
     def reduces_kept_gradients(self) -> bool:
         return False  # a reduced shard is added to what `.grad` holds
 
     def descent_is_awaited(self, each_alone: bool) -> bool:
-        return False  # the processes have the same parameters with a gradient
+        return False  # FSDP2 demands that all processes use the same parameters
 
     def ascent(self, model: nn.Module, each_alone: bool) -> AbstractContextManager[Any]:
         return self._with_reduction(model) if each_alone else nullcontext()
@@ -92,8 +93,15 @@ class ShardedBackend(Backend):
     def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
         return True  # FSDP2 keeps those that are not reduced yet, out of sight
 
+    def recover(self, model: nn.Module) -> None:
+        # What a pass has gathered, or has begun to, is w + e.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # the outermost one, for all
+                module.reset_iter_state()
+                break
+
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        return [w.to_local().detach() if isinstance(w, DTensor) else w.detach() for w in weights]
+        return [w.to_local().detach() if isinstance(w, DTensor) else w for w in weights]
 
     def local_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
         # Tensor parallelism may leave a gradient whole where the weight is cut.
@@ -132,5 +140,15 @@ def _shards(weight: Tensor) -> int:
         return 1
     mesh = weight.device_mesh
     return math.prod(
-        mesh.size(dim) for dim, placement in enumerate(weight.placements) if placement.is_shard()
+        # Not `is_shard`: where FSDP2 and tensor parallelism cut one dimension, that is False.
+        mesh.size(dim)
+        for dim, placement in enumerate(weight.placements)
+        if not placement.is_replicate()
     )
+
+
+def reshard(model: nn.Module) -> None:
+    """Put the shards in the place of weights that an evaluation has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -145,6 +145,7 @@ def build(case: dict[str, Any], folder: Path) -> Any:
         model=model,
         args=args,
         train_dataset=data(kind),
+        eval_dataset=data(kind),
         sam_config=SAMConfig(**case["sam"]),
         callbacks=[watch],
     )
@@ -170,14 +171,45 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = build(case, folder)
     if case["layout"] == "deepspeed":
         watch_the_step(trainer.watch)
-    trainer.train()
+    for train_number in range(case.get("trains", 1)):
+        if train_number:
+            trainer.evaluate()  # gathers weights, and keeps some so
+        trainer.train()
     return {
         "world_size": dist.get_world_size(),
         "wrapper": type(trainer.model_wrapped).__name__,
         "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": whole(trainer.model),
         "logs": trainer.state.log_history,
-        "is_restored": trainer.watch.is_restored and trainer.watch.updates == 3,
+        "is_restored": trainer.watch.is_restored and trainer.watch.updates % 3 == 0,
+    }
+
+
+def fail(case: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Out of memory in every process, in the last backward pass at w + e; somebody catches it."""
+    trainer = build(case, folder)
+    calls, last = [], 2 * trainer.args.gradient_accumulation_steps
+
+    def break_down(grad: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        calls.append(output)
+        if len(calls) == last:
+            output.register_hook(break_down)
+
+    handle = trainer.model.get_submodule("second").register_forward_hook(hook)
+    before = whole(trainer.model)
+    try:
+        trainer.train()
+        raise AssertionError("nothing failed")
+    except torch.OutOfMemoryError:
+        pass
+    handle.remove()
+    return {
+        "evaluated": trainer.evaluate()["eval_loss"],
+        "before": before,
+        "weights": whole(trainer.model),
     }
 
 
@@ -186,7 +218,7 @@ if __name__ == "__main__":
     results = {}
     for name, case in cases.items():
         try:
-            results[name] = train(case, folder)
+            results[name] = (fail if case.get("fails") else train)(case, folder)
         except (ValueError, RuntimeError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         for name in [n for n in os.environ if "FSDP" in n]:  # what Accelerate leaves behind
