@@ -77,12 +77,8 @@ class DeepSpeedBackend(Backend):
     @contextmanager
     def _without_reduction(self, model: nn.Module) -> Iterator[None]:
         # Accelerate tells DeepSpeed to reduce and to step where an update ends.
-        before = self._accelerator.sync_gradients
-        self._accelerator.sync_gradients = False
-        try:
+        with self._as_end_of_update(False):
             yield
-        finally:
-            self._accelerator.sync_gradients = before
 
     @contextmanager
     def descent(self, put_back: Callable[[], None]) -> Iterator[None]:

@@ -88,6 +88,16 @@ class Backend:
             yield
 
     @contextmanager
+    def _as_end_of_update(self, value: bool) -> Iterator[None]:
+        """Let others take the passes inside for those of the last micro-batch, or not."""
+        before = self._accelerator.sync_gradients
+        self._accelerator.sync_gradients = value
+        try:
+            yield
+        finally:
+            self._accelerator.sync_gradients = before
+
+    @contextmanager
     def descent(self, put_back: Callable[[], None]) -> Iterator[None]:
         """Around all passes at w + e: calls `put_back` when g_s is complete, before any step."""
         yield

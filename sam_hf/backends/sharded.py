@@ -1,4 +1,4 @@
-"""The weights are `DTensor`s, of which each process holds a shard: FSDP2 and HSDP."""
+"""The weights are `DTensor`s, cut over the processes: FSDP2, HSDP, tensor parallelism."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class ShardedBackend(Backend):
         # Before the last micro-batch of an update, the Trainer has put off the reduction. It turns
         # it on again when the micro-batch is over, so that this need not turn it off.
         self._reduce_gradients(model, True)
+        # The Trainer reduces what FSDP2 does not manage (adapters) where an update ends.
         with self._as_end_of_update(True):
             yield
 
@@ -79,16 +80,6 @@ class ShardedBackend(Backend):
             model.set_requires_all_reduce(False)
         else:
             model.set_requires_gradient_sync(value)
-
-    @contextmanager
-    def _as_end_of_update(self, value: bool) -> Iterator[None]:
-        """The Trainer reduces what FSDP2 does not manage (adapters) when an update ends."""
-        before = self._accelerator.sync_gradients
-        self._accelerator.sync_gradients = value
-        try:
-            yield
-        finally:
-            self._accelerator.sync_gradients = before
 
     def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
         return True  # FSDP2 keeps those that are not reduced yet, out of sight
