@@ -52,6 +52,7 @@ from typing import Any, Literal
 
 import torch
 from benchmark_layouts import hand_over, is_started, run_rows, start_processes
+from benchmark_tables import BY_HAND, FLOOR, PLAIN, table
 from benchmark_utils import (
     BUILT_IN,
     Clock,
@@ -59,7 +60,6 @@ from benchmark_utils import (
     HandWrittenTrainer,
     TwoPassTrainer,
     build_model,
-    format_table,
     import_seconds,
     peak_memory,
     random_examples,
@@ -70,7 +70,6 @@ from transformers.utils import logging
 from sam_hf import SAMConfig, SAMTrainer
 from sam_hf.params import select_parameters
 
-PLAIN, FLOOR, BY_HAND = "plain", "two passes", "hand-written"
 # The trainer, its SAM options, and whether each of its updates is logged.
 ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
     PLAIN: (Trainer, {}, False),
@@ -84,7 +83,6 @@ ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
     "asam": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, False),
     "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
 }
-MIB = 2**20
 IN_LAYOUTS = [name for name in ROWS if not name.startswith(BY_HAND)]
 
 
@@ -288,70 +286,6 @@ def take_turns(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[floa
         for name in order:
             trainers[name].train()
     return {name: clock.seconds[1:] for name, clock in clocks.items()}
-
-
-def title(result: dict[str, Any]) -> str:
-    options = result["options"]
-    where = options["device"]
-    if options["layout"] != "one":
-        where = f"{options['layout']} on {options['processes']} {where} processes"
-    steps = f"{options['accumulation_steps']} x " if options["accumulation_steps"] > 1 else ""
-    compiled = ", compiled" if options["torch_compile"] else ""
-    examples = f"{options['batch_size']} x {options['sequence_length']} tokens"
-    if result["inputs"] == "pixel_values":
-        examples = f"{options['batch_size']} images"
-    return (
-        f"{options['model']}: {result['parameters'] / 1e6:.1f} million parameters, "
-        f"{steps}{examples}, "
-        f"{options['dtype']}{compiled}, "
-        f"{where}, {result['threads']} threads, {options['rounds']} rounds"
-    )
-
-
-def layout_table(result: dict[str, Any]) -> str:
-    rows = result["rows"]
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["calls"]))
-    lines = []
-    for name, row in rows.items():
-        ms, plain = row["median_ms"], rows[PLAIN]
-        line = [name, f"{ms:.1f}", f"{ms / rows[FLOOR]['median_ms']:.3f}"]
-        line += [
-            f"{row['calls'].get(kind, 0)} x {row['bytes'].get(kind, 0) / MIB:.3f}" for kind in kinds
-        ]
-        line += [f"{row['sent_bytes'] / MIB:.3f}"]
-        line += [f"{row['sent_bytes'] / plain['sent_bytes']:.3f}"]
-        if row["peak_bytes"] is not None:
-            line += [f"{(row['peak_bytes'] - plain['peak_bytes']) / MIB:.1f}"]
-        lines.append(line)
-    header = ["update", "ms", "/ two passes", *kinds, "sent MiB", "/ plain", "extra MiB"]
-    return "\n".join([title(result), "", format_table(header[: len(lines[0])], lines)])
-
-
-def table(result: dict[str, Any]) -> str:
-    if result["options"]["layout"] != "one":
-        return layout_table(result)
-    rows = result["rows"]
-    lines = []
-    for name, row in rows.items():
-        ms = [1e3 * s for s in row["seconds"]]
-        low, _, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else (ms[0],) * 3
-        ratios = [
-            f"{row['median_ms'] / rows[base]['median_ms']:.3f}" if base in rows else "-"
-            for base in (FLOOR, BY_HAND)
-        ]
-        extra = row["extra_bytes"]
-        memory = [f"{extra / MIB:.1f}", f"{extra / row['perturbed_bytes']:.2f}"]
-        if name in (PLAIN, FLOOR):
-            memory[1] = "-"  # they perturb nothing
-        lines.append([name, f"{row['median_ms']:.1f}", f"{high - low:.1f}", *ratios, *memory])
-    header = ["update", "ms", "quartiles", "/ two passes", "/ hand-written", "extra MiB"]
-    imports = [
-        f"{statement}: {1e3 * added:.0f} ms on top of {1e3 * before:.0f} ms for its prerequisite"
-        for statement, (added, before) in result["imports"].items()
-    ]
-    return "\n".join(
-        [title(result), "", format_table([*header, "x perturbed"], lines), "", *imports]
-    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

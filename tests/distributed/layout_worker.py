@@ -171,8 +171,9 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = build(case, folder)
     if case["layout"] == "deepspeed":
         watch_the_step(trainer.watch)
-    for train_number in range(case.get("trains", 1)):
-        if train_number:
+    trains = case.get("trains", 1)
+    for number in range(trains):
+        if number:
             trainer.evaluate()  # gathers weights, and keeps some so
         trainer.train()
     return {
@@ -181,7 +182,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": whole(trainer.model),
         "logs": trainer.state.log_history,
-        "is_restored": trainer.watch.is_restored and trainer.watch.updates % 3 == 0,
+        "is_restored": trainer.watch.is_restored and trainer.watch.updates == 3 * trains,
     }
 
 
@@ -221,8 +222,8 @@ if __name__ == "__main__":
             results[name] = (fail if case.get("fails") else train)(case, folder)
         except (ValueError, RuntimeError) as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
-        for name in [n for n in os.environ if "FSDP" in n]:  # what Accelerate leaves behind
-            del os.environ[name]
+        for variable in [v for v in os.environ if "FSDP" in v]:  # what Accelerate leaves behind
+            del os.environ[variable]
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
