@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 import os
-import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.utils.hub import cached_file
 
-from . import __version__
+from .checks import OptionChecks
+from .exclusions import check_exclusions
 from .methods import METHODS, Method
+from .options_file import read_options, write_options
 
-SAM_CONFIG_NAME = "sam_config.json"
 _SCOPES = ("batch", "micro_batch")
 _ADAPTIVE_SCOPES = ("all", "weights")
+_RHO_SCHEDULES = ("constant", "linear", "cosine", "learning_rate")
+_TRIGGERS = ("always", "gradient_norm")
+_BALANCES = ("gradients", "weights")
 
 
 @dataclass
-class SAMConfig:
+class SAMConfig(OptionChecks):
     """How the weights are perturbed before the gradient that the optimizer sees is taken.
 
     Raises:
@@ -54,6 +52,57 @@ class SAMConfig:
         metadata={
             "help": "ASAM: 'all' scales every parameter by T; 'weights' only those whose name "
             "contains 'weight' (the authors' code), T = 1 on the others. Each needs its own rho."
+        },
+    )
+    sam_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "GSAM: weight of the step down the surrogate gap (default 0.6). LookSAM: "
+            "weight of the direction that is reused (default 0.7)."
+        },
+    )
+    sam_k: int = field(
+        default=5,
+        metadata={"help": "LookSAM: two passes every k-th update, one in the others."},
+    )
+    sam_gamma: float = field(
+        default=0.9,
+        metadata={
+            "help": "WSAM: the sharpness has the weight gamma / (1 - gamma). 0 is plain training, "
+            "0.5 SAM (if coupled)."
+        },
+    )
+    sam_decoupled: bool = field(
+        default=True,
+        metadata={
+            "help": "WSAM: step down the sharpness after the optimizer's step instead of within it."
+        },
+    )
+    sam_sigma: float = field(
+        default=1.0,
+        metadata={"help": "Friendly-SAM: how much of the mean gradient is taken out. 0 is SAM."},
+    )
+    sam_ema_decay: float = field(
+        default=0.9,
+        metadata={"help": "Friendly-SAM: decay of the mean gradient from update to update."},
+    )
+    sam_theta: float = field(
+        default=0.9,
+        metadata={"help": "VaSSO: weight of the new gradient in the moving average. 1 is SAM."},
+    )
+    sam_beta: float = field(
+        default=0.6,
+        metadata={"help": "ESAM: probability with which a parameter is perturbed in an update."},
+    )
+    sam_rank: int = field(
+        default=8,
+        metadata={"help": "Bi-LoRA: rank of the pair of factors that does the ascent."},
+    )
+    sam_balance: str = field(
+        default="gradients",
+        metadata={
+            "help": "BAR: what decides which factor grows, the norms of the 'gradients' (nBAR) or "
+            "of the 'weights' (oBAR)."
         },
     )
     sam_scope: str = field(
@@ -96,8 +145,46 @@ class SAMConfig:
     sam_ascent_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Part of the examples that the ascent pass uses. Only 1.0 for the time being."
+            "help": "Part of the examples of each micro-batch that the ascent pass uses, above 0 "
+            "to 1; where micro-batches cannot be cut, part of the micro-batches of an update."
         },
+    )
+    sam_trigger: str = field(
+        default="always",
+        metadata={
+            "help": "'gradient_norm' (AE-SAM): perturb only where the squared norm of the gradient "
+            "is high for the run so far. It is asked in the updates that sam_interval and "
+            "sam_start_ratio leave."
+        },
+    )
+    sam_trigger_start: float = field(
+        default=1.0,
+        metadata={
+            "help": "sam_trigger: standard deviations above the mean from which a squared norm is "
+            "high, at the beginning (lambda_2 of AE-SAM)."
+        },
+    )
+    sam_trigger_end: float = field(
+        default=-1.0,
+        metadata={"help": "sam_trigger: the same at the end of the training (lambda_1)."},
+    )
+    sam_rho_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "How rho goes on after its warm-up: 'constant', down to sam_rho_min at the end "
+            "('linear' or 'cosine'), or in proportion to the learning rate ('learning_rate')."
+        },
+    )
+    sam_rho_warmup_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of the updates since sam_start_ratio in which rho rises from 0 to "
+            "sam_rho."
+        },
+    )
+    sam_rho_min: float = field(
+        default=0.0,
+        metadata={"help": "The rho at the end of a schedule, or at a learning rate of 0."},
     )
 
     def __post_init__(self) -> None:
@@ -111,23 +198,40 @@ class SAMConfig:
         """Check the fields. Run again when training begins: a search may have changed them."""
         self._check_number("sam_rho", low=0.0)
         self._check_number("sam_eta", low=0.0)
-        self._check_number("sam_start_ratio", low=0.0, high=1.0)
-        self._check_number("sam_ascent_fraction", low=1.0, high=1.0)
+        for name in ("sam_start_ratio", "sam_rho_warmup_ratio"):
+            self._check_number(name, low=0.0, high=1.0)
+        self._check_number("sam_ascent_fraction", above=0.0, high=1.0)
+        self._check_number("sam_rho_min", low=0.0, high=self.sam_rho)
+        for name in ("sam_trigger_start", "sam_trigger_end"):
+            self._check_number(name, low=-math.inf)
         self._check_choice("sam_method", METHODS)
         self._check_choice("sam_adaptive_scope", _ADAPTIVE_SCOPES)
         self._check_choice("sam_scope", _SCOPES)
-        for name in ("sam_replay_rng", "sam_freeze_norm_stats"):
+        self._check_choice("sam_rho_schedule", _RHO_SCHEDULES)
+        self._check_choice("sam_trigger", _TRIGGERS)
+        if self.sam_alpha is not None:
+            self._check_number("sam_alpha", low=0.0)
+        self._check_number("sam_gamma", low=0.0, below=1.0)
+        self._check_number("sam_sigma", low=0.0)
+        self._check_number("sam_ema_decay", low=0.0, below=1.0)
+        for name in ("sam_theta", "sam_beta"):
+            self._check_number(name, above=0.0, high=1.0)
+        for name in ("sam_replay_rng", "sam_freeze_norm_stats", "sam_decoupled"):
             if not isinstance(getattr(self, name), bool):
-                self._refuse(name, "True or False")
-        if type(self.sam_interval) is not int or self.sam_interval < 1:
-            self._refuse("sam_interval", "a whole number from 1 up")
-        self._check_params()
+                self.refuse(name, "True or False")
+        self._check_choice("sam_balance", _BALANCES)
+        for name in ("sam_interval", "sam_k", "sam_rank"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                self.refuse(name, "a whole number from 1 up")
+        self._check_params("sam_params")
+        check_exclusions(self)
         self._warn_of_unused_options()
 
     def build_method(self) -> Method:
         """The method that `sam_method` names, with its options filled in."""
         method = METHODS[self.sam_method]
-        return method(**{f.name: getattr(self, f"sam_{f.name}") for f in fields(method)})
+        options = {f.name: getattr(self, f"sam_{f.name}") for f in fields(method)}
+        return method(**{name: value for name, value in options.items() if value is not None})
 
     def perturbs(self, update: int, max_updates: int) -> bool:
         """Whether the optimizer step number `update` (from 0) of `max_updates` is a SAM update."""
@@ -140,11 +244,7 @@ class SAMConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write the `sam_*` fields to `sam_config.json` in a folder, which is made if need be."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"sam_hf_version": __version__, **self.to_sam_dict()}
-        with replacing(folder / SAM_CONFIG_NAME) as path:
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_options(Path(save_directory), self.to_sam_dict())
 
     @classmethod
     def from_pretrained(
@@ -174,38 +274,18 @@ class SAMConfig:
             ValueError: the file is no JSON object, has a key that is no field, or a field has a
                 value that is not allowed.
         """
-        try:
-            file = cached_file(
-                name_or_path,
-                SAM_CONFIG_NAME,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-            )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"{SAM_CONFIG_NAME} could not be read from {str(name_or_path)!r}, which is neither "
-                "a folder nor a model on the Hub that holds one: " + " ".join(str(error).split())
-            ) from error
-        assert file is not None  # else it has raised
-        try:
-            values = json.loads(Path(file).read_text(encoding="utf-8"))
-        except ValueError as error:  # of the JSON or of its encoding
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} holds {values!r}. Allowed: a JSON object.")
-        version = values.pop("sam_hf_version", "unknown")
-        unknown = sorted(values.keys() - {f.name for f in fields(SAMConfig)})
-        if unknown:
-            raise ValueError(
-                f"{file}: {', '.join(map(repr, unknown))} is no option of sam_hf {__version__}. "
-                f"The file was written by version {version}: install that one, or remove the key."
-            )
+        values, origin = read_options(
+            name_or_path,
+            [f.name for f in fields(SAMConfig)],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         try:
             return SAMConfig(**(values | overrides))
         except ValueError as error:
-            error.add_note(f"The options were read from {file}, written by sam_hf {version}.")
+            error.add_note(origin)
             raise
 
     def options_of_other_methods(self) -> list[str]:
@@ -214,65 +294,25 @@ class SAMConfig:
         known = {f"sam_{f.name}" for method in METHODS.values() for f in fields(method)}
         return sorted(known - used)
 
-    def _check_number(self, name: str, low: float, high: float = math.inf) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and math.isfinite(value) and low <= value <= high:
-            return
-        if low == high:
-            allowed = f"only {low}"
-        elif high == math.inf:
-            allowed = f"a finite number from {low:g} up"
-        else:
-            allowed = f"a number from {low:g} to {high:g}"
-        self._refuse(name, allowed)
-
-    def _check_choice(self, name: str, choices: Any) -> None:
-        value = getattr(self, name)
-        if value not in tuple(choices):
-            self._refuse(name, "one of " + ", ".join(repr(choice) for choice in choices))
-
-    def _check_params(self) -> None:
-        allowed = "'all', 'norms', 'matrices' or a regular expression on parameter names"
-        if not isinstance(self.sam_params, str) or not self.sam_params:
-            self._refuse("sam_params", allowed)
-        try:
-            re.compile(self.sam_params)
-        except re.error as error:
-            self._refuse("sam_params", f"{allowed} (this one does not compile: {error})")
-
-    def _refuse(self, name: str, allowed: str) -> None:
-        value = getattr(self, name)
-        hint = ""
-        if isinstance(value, str):
-            close = difflib.get_close_matches(value, re.findall(r"'([^']+)'", allowed), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}={value!r} is not allowed. Allowed: {allowed}.{hint}")
-
     def _warn_of_unused_options(self) -> None:
-        """A method's option that was set while another method is chosen does nothing: say so."""
+        """An option that was set while another one lets it do nothing: say so."""
+        because = dict.fromkeys(self.options_of_other_methods(), f"sam_method={self.sam_method!r}")
+        if self.sam_trigger == "always":
+            names = ("sam_trigger_start", "sam_trigger_end")
+            because |= dict.fromkeys(names, f"sam_trigger={self.sam_trigger!r}")
+        schedule = f"sam_rho_schedule={self.sam_rho_schedule!r}"
+        if self.sam_rho_schedule == "constant":
+            because["sam_rho_min"] = schedule
+        if self.sam_rho_schedule == "learning_rate":
+            because["sam_rho_warmup_ratio"] = (
+                f"{schedule}, which warms up as the learning rate does"
+            )
         defaults = {f.name: f.default for f in fields(SAMConfig)}
-        for name in self.options_of_other_methods():
+        for name, reason in because.items():
             if getattr(self, name) != defaults[name]:
                 warnings.warn(
-                    f"{name}={getattr(self, name)!r} has no effect with "
-                    f"sam_method={self.sam_method!r}.",
-                    stacklevel=2,
+                    f"{name}={getattr(self, name)!r} has no effect with {reason}.", stacklevel=2
                 )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to. When the block ends well, what was written there becomes `path`.
-
-    A block that fails (a full disk) leaves the file of before.
-    """
-    temporary = path.with_name(f"_{path.name}")  # the Trainer never pushes such names
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from .schedule import describe_cost
 
 
 class RunGuard(TrainerCallback):
@@ -22,6 +25,8 @@ class RunGuard(TrainerCallback):
         trainer._sam_check()
         trainer._sam_run = trainer._sam_new_run() if trainer.sam_config.sam_rho > 0 else None
         self._first_update = state.global_step
+        if trainer._sam_run is not None and state.is_world_process_zero:
+            tqdm.write(describe_cost(trainer.sam_config, state.max_steps))  # beside a bar
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         run = self._trainer._sam_run
@@ -36,6 +41,7 @@ class RunGuard(TrainerCallback):
     on_step_end = on_pre_optimizer_step
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._trainer._sam_drop_auxiliary()  # before the model is pushed for the last time
         if state.global_step > self._first_update:
             self.on_pre_optimizer_step()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import metadata_load, metadata_save
 
 from . import __version__
-from .config import SAMConfig, replacing
-from .methods import METHODS
+from .config import SAMConfig
+from .methods import METHODS, Method
+from .options_file import replacing
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -71,9 +73,8 @@ def _section(config: SAMConfig, trainer: Trainer) -> str:
     settings = [(f"`{k}`", f"`{v}`") for k, v in config.to_sam_dict().items() if k not in ignored]
     parts = [
         "## Sharpness-aware minimization",
-        f"Trained with {method.__name__} (`sam_hf` {__version__}): the optimizer stepped with the "
-        "gradient at w + e instead of that at the weights w. Of all perturbations of size ρ in the "
-        "norm of the method, e is the one that raises the loss most, to first order.",
+        f"Trained with {method.__name__} (`sam_hf` {__version__}): w are the weights, g is the "
+        f"gradient at w, e the perturbation. In one line: {_summary(method)}",
         _table(("setting", "value"), settings),
         _table(("layout", ""), _layout(trainer)),
     ]
@@ -107,6 +108,11 @@ def _section(config: SAMConfig, trainer: Trainer) -> str:
         f"```bibtex\n{method.citation}\n```",
     ]
     return "\n\n".join(parts)
+
+
+def _summary(method: type[Method]) -> str:
+    """The first line of the method's docstring."""
+    return (inspect.getdoc(method) or "").splitlines()[0].replace("ε", "e")
 
 
 def _layout(trainer: Trainer) -> list[tuple[str, Any]]:

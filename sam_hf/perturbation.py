@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
+
+from .methods.lists import by_device, reading_is_free
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -16,34 +16,27 @@ def step_size(rho: float, squared_norm: Tensor) -> Tensor:
     return torch.where(torch.isfinite(squared_norm) & torch.isfinite(size), size, 0)
 
 
-def _by_device(tensors: list[Tensor]) -> list[list[int]]:
-    """The positions of the tensors of each device."""
-    positions: dict[torch.device, list[int]] = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        positions[tensor.device].append(i)
-    return list(positions.values())
-
-
-def _reading_is_free(number: Tensor) -> bool:
-    """Whether a number can be read without waiting for a device to compute it."""
-    return number.device.type == "cpu"
-
-
 @torch.no_grad()
-def add_scaled_(weights: list[Tensor], direction: list[Tensor], scale: Tensor) -> None:
+def add_scaled_(
+    weights: list[Tensor], direction: list[Tensor], scale: Tensor, keep_direction: bool = False
+) -> None:
     """w += scale · d, and nothing at all where scale is 0, even if d holds inf or NaN.
 
-    `direction` is overwritten.
+    Args:
+        keep_direction: leave d as it is. Else it is overwritten where that saves a copy.
     """
     if any(w.dtype in HALF for w in weights):
         # In fp32, tensor by tensor: neither the scale nor scale · d need fit the narrow type.
         for w, d in zip(weights, direction, strict=True):
-            w.add_(torch.where(scale == 0, 0, d.float().mul_(scale)))
-    elif _reading_is_free(scale):
+            w.add_(torch.where(scale == 0, 0, d.float() * scale))
+    elif reading_is_free(scale):
         if factor := scale.item():
             torch._foreach_add_(weights, direction, alpha=factor)
     else:
-        torch._foreach_mul_(direction, scale)
+        if keep_direction:
+            direction = list(torch._foreach_mul(direction, scale))
+        else:
+            torch._foreach_mul_(direction, scale)
         nothing = scale == 0
         for d in direction:  # 0 · inf is NaN, and no multi-tensor operation turns NaN into 0
             d.masked_fill_(nothing, 0)
@@ -63,15 +56,15 @@ class Perturbation:
         self.saved: list[Tensor] | None = None
 
     @torch.no_grad()
-    def apply(self, direction: list[Tensor], scale: Tensor) -> None:
-        """Write w + scale · d. `direction` is overwritten."""
+    def apply(self, direction: list[Tensor], scale: Tensor, keep_direction: bool = False) -> None:
+        """Write w + scale · d. `direction` is overwritten, unless it is to be kept."""
         saved = [torch.empty_like(w) for w in self.weights]
         torch._foreach_copy_(saved, self.weights)
         self.saved = saved
-        for members in _by_device(self.weights):
+        for members in by_device(self.weights):
             weights = [self.weights[i] for i in members]
             there = scale.to(weights[0].device, non_blocking=True)
-            add_scaled_(weights, [direction[i] for i in members], there)
+            add_scaled_(weights, [direction[i] for i in members], there, keep_direction)
         # An autocast region that somebody opened around the training keeps casts of w.
         torch.clear_autocast_cache()
 

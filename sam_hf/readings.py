@@ -19,13 +19,15 @@ _NAMES = (
     *(f"share_{group}" for group in PARAMETER_GROUPS),
     "grad_cosine",
     "sharpness",
+    "passes_per_update",
 )
 
 
 class Readings:
     """The `sam_*` entries of the logs.
 
-    The sharpness is the mean over the perturbed updates since the last log. The others are those
+    The sharpness is the mean over the perturbed updates since the last log, the passes that over
+    all updates. The others are those
     of the last perturbed update before the log, as the Trainer's own `grad_norm`: they cost passes
     over the weights, so they are measured only where a log will show them.
     """
@@ -40,6 +42,10 @@ class Readings:
     def add_sharpness(self, difference: Tensor) -> None:
         """Count L(w + e) - L(w) of one update. A non-finite one is left out of the mean."""
         self._add("sharpness", difference)
+
+    def add_passes(self, passes: float) -> None:
+        """Count the forward and backward passes of one update; a plain one has 1."""
+        self._add("passes_per_update", torch.tensor(passes))
 
     def set(self, **values: Tensor) -> None:
         """Put down readings, each a 0-dimensional tensor, in the place of those before."""
@@ -111,6 +117,8 @@ def measure(
         values.update((f"share_{group}", s / squared_norm) for group, s in squares.items())
 
     g = method.ascent_gradient(names, weights, perturbation)
+    if g is None:
+        return values
     pairs = [(i, y) for i, y in enumerate(descent_grads) if y is not None]
     if pairs:
         members, g_s = (list(side) for side in zip(*pairs, strict=True))

@@ -85,6 +85,10 @@ def clone_inputs(value: Any) -> Any:
     return value
 
 
+Cut = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any], float]]
+"""``cut(args, kwargs)``: the same arguments for a part of the examples, and which part it is."""
+
+
 def _loss_in(result: Any) -> Tensor:
     loss: Tensor = result[0] if isinstance(result, tuple) else result
     return loss
@@ -96,10 +100,13 @@ class RecordedCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    random_state: RandomState
+    random_state: RandomState | None
+    """As the call found it; None for a call that was put off."""
     attributes: dict[str, Any]
     """Of the trainer: numbers, texts and tensors, such as coefficients that the calls adapt."""
     num_items_in_batch: Any
+    share: float = 1.0
+    """The part of its examples that the first pass used."""
     loss: Tensor | None = None
     """What it returned, detached; of the replay, once it was replayed."""
     is_running: bool = False
@@ -147,11 +154,16 @@ class Tape:
 
     @contextmanager
     def recording(
-        self, owner: Any, function: Callable[..., Any], num_items_in_batch: Any
+        self,
+        owner: Any,
+        function: Callable[..., Any],
+        num_items_in_batch: Any,
+        cut: Cut | None = None,
     ) -> Iterator[Callable[..., Any]]:
         """Give a function that does what the owner's `function` does, and records its calls.
 
-        A block that fails leaves no trace: its gradient is not complete, so it is not replayed.
+        With `cut`, `function` gets a part of the examples, and all of them are recorded. A block
+        that fails leaves no trace: its gradient is not complete, so it is not replayed.
         """
         before = len(self._calls)
 
@@ -167,6 +179,8 @@ class Tape:
                 num_items_in_batch,
             )
             self._calls.append(call)
+            if cut is not None:
+                args, kwargs, call.share = cut(args, kwargs)
             return call.make(function, *args, **kwargs)
 
         try:
@@ -174,6 +188,16 @@ class Tape:
         except BaseException:
             del self._calls[before:]
             raise
+
+    def put_off(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add a call that was not made, to be made with the others."""
+        kept = clone_inputs(args), clone_inputs(kwargs)
+        count = kwargs.get("num_items_in_batch")
+        self._calls.append(RecordedCall(*kept, None, {}, count, share=0.0))
+
+    def count_recorded(self) -> int:
+        """How many of the calls were made."""
+        return sum(call.random_state is not None for call in self._calls)
 
     def take(self) -> list[RecordedCall]:
         """The calls so far; the tape is empty afterwards."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .backends import backend_for, reshard
+from .combination import Combination
 from .config import SAMConfig
+from .memory import Memory
 from .methods import Dot
-from .params import parameter_groups, select_parameters
+from .params import parameter_groups, plain, select_parameters
 from .perturbation import Perturbation, step_size
 from .readings import Readings, measure
 from .replay import BufferGuard, RecordedCall, Tape
+from .sampling import AscentPart
+from .schedule import GradientNormTrigger
 from .side_effects import undoing
 
 
@@ -35,6 +39,16 @@ class Run:
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)
         self.backend = backend_for(trainer, list(self.perturbed.values()))
+        self.trained = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self.ascent = AscentPart(trainer)
+        checkpointing = trainer.args.gradient_checkpointing_kwargs or {}
+        # Reentrant checkpointing knows only `backward()` for all.
+        self._may_take_some = not checkpointing.get("use_reentrant")
+        self.memory = Memory(config, self.method, self.backend, self.trained)
+        self.trigger = GradientNormTrigger.of(config, self.memory.state)
+        self.combination = Combination(
+            self.method, self.memory.state, self.backend, self.trained, trainer.optimizer
+        )
         self.tape = Tape(self.backend.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
@@ -45,11 +59,45 @@ class Run:
         self._ascent_loss: Tensor | None = None
         self._sharpness: Tensor | None = None
         self._set_aside: list[tuple[Tensor, Tensor]] = []
+        self.micro_batches = 0
+        """How many of the update have begun."""
+        self._passes = 0.0
         # A loss may own parameters that are not the model's: their gradients are replayed too.
         groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
         in_optimizer = (p for group in groups for p in group["params"])
         self._in_model = list(model.parameters())
         self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
+
+    def close(self) -> None:
+        self.combination.close()
+
+    # ---- Counting ---------------------------------------------------------------------------
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around each micro-batch of each update. One that fails does not count."""
+        if self.micro_batches == 0:
+            self._passes = 0.0
+            self.combination.forget()
+        before = self.micro_batches, self._passes
+        self.micro_batches += 1
+        try:
+            yield
+        except BaseException:
+            if self.micro_batches:  # else the whole update was discarded
+                self.micro_batches, self._passes = before
+            raise
+        if self.backend.is_end_of_update:
+            self.readings.add_passes(self._passes / self.micro_batches)
+            if self._sharpness is not None:
+                self.readings.add_sharpness(self._sharpness)
+            self.micro_batches, self._sharpness = 0, None
+
+    def count_passes(self, passes: float) -> None:
+        """Count forward and backward passes, in units of those over one micro-batch."""
+        self._passes += passes
+
+    # ---- The losses -------------------------------------------------------------------------
 
     def add_ascent_loss(self, loss: Tensor) -> None:
         """Add a micro-batch's share of L(w)."""
@@ -57,18 +105,21 @@ class Run:
             loss = loss.float()  # the difference to L(w + e) would be rounding
         self._ascent_loss = loss if self._ascent_loss is None else self._ascent_loss + loss
 
-    def take_ascent_loss(self) -> Tensor:
+    def mean_ascent_loss(self) -> Tensor:
+        """The mean share in L(w) of the micro-batches of the update that had their ascent."""
+        assert self._ascent_loss is not None
+        return self._ascent_loss / self.tape.count_recorded()
+
+    def take_ascent_loss(self, calls: list[RecordedCall]) -> Tensor:
         """L(w) of the calls that are replayed together."""
         loss, self._ascent_loss = self._ascent_loss, None
         assert loss is not None
-        return loss
+        recorded = sum(call.random_state is not None for call in calls)
+        return loss * (len(calls) / recorded) if recorded < len(calls) else loss
 
-    def add_sharpness(self, difference: Tensor, is_last: bool) -> None:
-        """Add a share of L(w + e) - L(w) to that of the update, and note it when complete."""
+    def add_sharpness(self, difference: Tensor) -> None:
+        """Add a share of L(w + e) - L(w) to that of the update."""
         self._sharpness = difference if self._sharpness is None else self._sharpness + difference
-        if is_last:
-            self.readings.add_sharpness(self._sharpness)
-            self._sharpness = None
 
     def note_loss_scale(self, calls: list[RecordedCall], returned: Tensor) -> None:
         """Remember by what a training step multiplied the loss of its calls."""
@@ -97,14 +148,43 @@ class Run:
                 "in the second pass. Do it in compute_loss, or set sam_rho=0."
             )
 
+    # ---- The perturbation -------------------------------------------------------------------
+
+    def chosen(self, update: int) -> dict[str, nn.Parameter]:
+        """The parameters that the method perturbs in this update, frozen ones included."""
+        names = self.method.choose(list(self.perturbed), update)
+        return {name: self.perturbed[name] for name in names}
+
+    def taken_alone(self, update: int) -> list[Tensor]:
+        """The parameters whose gradients are all that the ascent needs, or an empty list.
+
+        It needs all of them where the optimizer may get what it computes.
+        """
+        weights: list[Tensor] = [p for p in self.chosen(update).values() if p.requires_grad]
+        needs_all = self.method.keeps_gradient() or self.trigger is not None
+        if needs_all or len(weights) == len(self.trained):
+            return []
+        return weights if self._may_take_some and self.backend.can_take_some_gradients else []
+
+    def cost_of_ascent(self, update: int) -> float:
+        """The floating-point operations of an ascent pass, in units of a whole pass.
+
+        Of a pass's 6 operations a parameter and token, 2 are those of the parameter's gradient.
+        """
+        taken = sum(w.numel() for w in self.taken_alone(update))
+        total = sum(p.numel() for p in self._in_model)
+        return (4 + 2 * taken / total) / 6 if taken else 1.0
+
     # `.grad` can only be read and set one parameter at a time, here and below.
-    def perturbed_with_gradient(self) -> dict[str, Tensor]:
-        """The perturbed parameters that have a gradient, by their names.
+    def perturbed_with_gradient(self, update: int) -> dict[str, Tensor]:
+        """The parameters to be perturbed that have a gradient, by their names.
 
         Raises:
             RuntimeError: none ever had one, or a gradient is sparse.
         """
-        found: dict[str, Tensor] = {n: p for n, p in self.perturbed.items() if p.grad is not None}
+        found: dict[str, Tensor] = {
+            name: p for name, p in self.chosen(update).items() if p.grad is not None
+        }
         self._has_perturbed |= bool(found)
         if not self._has_perturbed:
             raise RuntimeError(
@@ -129,20 +209,53 @@ class Run:
     ) -> Tensor:
         """Write w + e, from the gradients in `.grad`; the factor that made e of the direction.
 
-        What is made of g dies here, so that its memory is free for g_s.
+        What is made of g dies here, so that its memory is free for g_s; unless the method needs g.
         """
+        self.combination.keep()
         parameters = list(perturbed.values())
         dot = self.backend.dot_over(parameters)
         grads = self.backend.gradients(parameters)
         if is_measured:
             norm = dot(grads, grads).sqrt()
             self.readings.set(ascent_grad_norm=self.backend.unscaled(norm))
+        if self.method.remembers_gradients:
+            grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
+            self.backend.unscale_(grads)
+        return self._move(list(perturbed), perturbation, grads, dot, rho)
+
+    @torch.no_grad()
+    def perturb_along_momentum(
+        self, momentum: Mapping[str, Tensor], perturbation: Perturbation, rho: float
+    ) -> Tensor:
+        """Write w + e, from the optimizer's momentum; the factor that made e of it."""
+        dot = self.backend.dot_over([self.perturbed[name] for name in momentum])
+        moments = self.backend.local(list(momentum.values()))
+        return self._move(list(momentum), perturbation, moments, dot, -rho)
+
+    def _move(
+        self,
+        names: list[str],
+        perturbation: Perturbation,
+        grads: list[Tensor],
+        dot: Dot,
+        rho: float,
+    ) -> Tensor:
         direction, squared_norm = self.method.direction(
-            list(perturbed), perturbation.weights, grads, dot
+            names, perturbation.weights, grads, dot, self.memory.state
         )
         scale = step_size(rho, squared_norm)
-        perturbation.apply(direction, scale)
+        perturbation.apply(direction, scale, self.method.keeps_direction())
         return scale
+
+    @torch.no_grad()
+    def is_triggered(self, perturbed: Mapping[str, Tensor], update: int, max_updates: int) -> bool:
+        """Whether the rule of `sam_trigger` lets this update be perturbed."""
+        if self.trigger is None:
+            return True
+        parameters = list(perturbed.values())
+        grads = self.backend.gradients(parameters)
+        norm = self.backend.unscaled(self.backend.dot_over(parameters)(grads, grads).sqrt())
+        return self.trigger(norm.square(), update, max_updates)
 
     @torch.no_grad()
     def measure(self, perturbed: dict[str, Tensor], perturbation: Perturbation) -> None:
@@ -169,6 +282,8 @@ class Run:
     def discard_update(self) -> None:
         """Forget what the update has computed so far."""
         self.tape.take()
+        self.combination.forget()
+        self.micro_batches = 0
         self._ascent_loss = self._sharpness = None
         if not self._is_loss_scale_checked:
             self._loss_scale = None

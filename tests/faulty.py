@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from combinations import OFTEN, has_two_passes, methods_and_scopes
 from tiny import FEATURES, examples, sam_trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -28,9 +29,19 @@ K = 3  # micro-batches of an update
 # A perturbation that rounding swallows. With it, SAM has to be the plain Trainer, bit for bit.
 TINY_RHO = 1e-30
 
-all_methods = pytest.mark.parametrize("method", METHODS)
+PASSES = ("ascent", "descent")
 all_scopes = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
-both_passes = pytest.mark.parametrize("failing_pass", ["ascent", "descent"])
+both_passes = pytest.mark.parametrize("failing_pass", PASSES)
+all_methods_and_scopes = pytest.mark.parametrize(("method", "scope"), methods_and_scopes())
+all_passes = pytest.mark.parametrize(
+    ("method", "scope", "failing_pass"),
+    [
+        (method, scope, failing_pass)
+        for method, scope in methods_and_scopes(lambda method: method.perturbs)
+        # The one pass of a method at w + e counts as an ascent.
+        for failing_pass in PASSES[: 1 + has_two_passes(METHODS[method])]
+    ],
+)
 forward_and_backward = pytest.mark.parametrize("where", ["forward", "backward"])
 every_micro_batch = pytest.mark.parametrize("index", range(K))
 
@@ -92,10 +103,24 @@ def bad_gradient(value: float) -> Fault:
     return fault
 
 
+def options(
+    method: str, scope: str, chosen: dict[str, dict[str, Any]] | None = None, **more: Any
+) -> dict[str, Any]:
+    """Those of a SAM run, of which every update has both passes.
+
+    Args:
+        chosen: for some methods, options to be set besides.
+    """
+    own = (OFTEN if chosen is None else chosen).get(method, {})
+    return {"sam_method": method, "sam_scope": scope, **own, **more}
+
+
 def forward_number(
-    failing_pass: str, scope: str, index: int, update: int = 0, steps: int = K
+    failing_pass: str, scope: str, index: int, update: int = 0, steps: int = K, method: str = "sam"
 ) -> int:
     """Which forward pass of a SAM run is that of micro-batch `index` in that pass of the update."""
+    if METHODS[method].has_one_pass():
+        return steps * update + index
     is_descent = failing_pass == "descent"
     in_update = is_descent * steps + index if scope == "batch" else 2 * index + is_descent
     return 2 * steps * update + in_update
@@ -194,7 +219,7 @@ def failed(trainer: Any, kind: type[BaseException] = RuntimeError) -> Snapshot:
 
 @functools.cache
 def undisturbed(method: str | None, scope: str = "") -> list[Snapshot]:
-    trainer = watched(method and {"sam_method": method, "sam_scope": scope})
+    trainer = watched(method and options(method, scope))
     trainer.train()
     return trainer.snapshots
 

@@ -12,6 +12,7 @@ from tiny import Classifier, arguments, examples, sam_trainer
 from transformers import HfArgumentParser, TrainingArguments
 
 from sam_hf import SAMConfig, SAMTrainer, SAMTrainingArguments
+from sam_hf.methods import METHODS
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,24 @@ from sam_hf import SAMConfig, SAMTrainer, SAMTrainingArguments
         ("sam_interval", 2.0, "a whole number from 1 up"),
         ("sam_interval", True, "a whole number from 1 up"),
         ("sam_start_ratio", 1.1, "a number from 0 to 1"),
-        ("sam_ascent_fraction", 0.5, "only 1.0"),
+        ("sam_ascent_fraction", 0.0, "a number above 0 to 1"),
+        ("sam_ascent_fraction", 1.5, "a number above 0 to 1"),
+        ("sam_alpha", -0.1, "a finite number from 0 up"),
+        ("sam_k", 0, "a whole number from 1 up"),
+        ("sam_gamma", 1.0, "a number from 0 below 1"),
+        ("sam_decoupled", 0, "True or False"),
+        ("sam_sigma", -1.0, "a finite number from 0 up"),
+        ("sam_ema_decay", 1.0, "a number from 0 below 1"),
+        ("sam_theta", 0.0, "a number above 0 to 1"),
+        ("sam_beta", 1.1, "a number above 0 to 1"),
+        ("sam_rank", 1.0, "a whole number from 1 up"),
+        ("sam_balance", "gradient", "one of 'gradients', 'weights'"),
+        ("sam_trigger", "norm", "one of 'always', 'gradient_norm'"),
+        ("sam_trigger_start", float("inf"), "a finite number"),
+        ("sam_trigger_end", float("nan"), "a finite number"),
+        ("sam_rho_schedule", "lr", "one of 'constant', 'linear', 'cosine', 'learning_rate'"),
+        ("sam_rho_warmup_ratio", -0.1, "a number from 0 to 1"),
+        ("sam_rho_min", 0.1, "a number from 0 to 0.05"),
     ],
 )
 def test_a_bad_value_raises_with_the_field_the_value_and_what_is_allowed(field, value, allowed):
@@ -61,6 +79,57 @@ def test_an_option_of_another_method_warns_that_it_has_no_effect():
         warnings.simplefilter("error")
         SAMConfig(sam_method="asam", sam_eta=0.5)
         SAMConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sam_trigger_start": 2.0}, "sam_trigger_start=2.0 has no effect with sam_trigger="),
+        ({"sam_trigger_end": -2.0}, "sam_trigger_end=-2.0 has no effect with sam_trigger="),
+        ({"sam_rho_min": 0.01}, "sam_rho_min=0.01 has no effect with sam_rho_schedule="),
+        (
+            {"sam_rho_schedule": "learning_rate", "sam_rho_warmup_ratio": 0.1},
+            "sam_rho_warmup_ratio=0.1 has no effect with sam_rho_schedule=",
+        ),
+    ],
+)
+def test_an_option_that_another_one_lets_do_nothing_warns(options, message):
+    with pytest.warns(UserWarning, match=message):
+        SAMConfig(**options)
+
+
+# Options that exclude each other: the one that is named, and for which methods.
+EXCLUDED = [
+    ({"sam_scope": "micro_batch"}, lambda m: m.keeps_gradient() or m.has_one_pass()),
+    (
+        {"sam_trigger": "gradient_norm"},
+        lambda m: m.has_one_pass() or m.has_plain_updates(),
+    ),
+    ({"sam_scope": "micro_batch", "sam_trigger": "gradient_norm"}, lambda m: True),
+    ({"sam_ascent_fraction": 0.5}, lambda m: m.keeps_gradient() or m.has_one_pass()),
+    ({"sam_ascent_fraction": 0.5, "sam_trigger": "gradient_norm"}, lambda m: True),
+    ({"sam_params": "norms"}, lambda m: not m.perturbs),
+    ({"sam_interval": 2}, lambda m: m.has_plain_updates() or m.needs_auxiliary),
+    ({"sam_start_ratio": 0.5}, lambda m: m.needs_auxiliary),
+    ({"sam_rho_warmup_ratio": 0.5}, lambda m: m.needs_auxiliary),
+    ({"sam_rho_schedule": "learning_rate"}, lambda m: m.needs_auxiliary),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("options", "is_excluded"), EXCLUDED)
+def test_options_that_exclude_each_other_are_refused_in_one_line_and_no_others(
+    options, is_excluded, method
+):
+    if is_excluded(METHODS[method]):
+        with pytest.raises(ValueError) as caught:
+            SAMConfig(sam_method=method, **options)
+        message = str(caught.value)
+        name = message.split("=")[0]
+        assert message.startswith(f"{name}={options[name]!r} is not allowed. Allowed: ")
+        assert f"sam_method={method!r}" in message or "sam_trigger" in message
+    else:
+        SAMConfig(sam_method=method, **options)
 
 
 def test_every_field_is_prefixed_and_explained():

@@ -68,7 +68,7 @@ def test_a_model_that_device_map_has_split_equals_the_twin(scope):
 def test_each_device_is_written_with_the_scale_on_it(waits, monkeypatch):
     """The meta device stands for a second one: it refuses tensors of another device."""
     if waits:
-        monkeypatch.setattr("sam_hf.perturbation._reading_is_free", lambda number: False)
+        monkeypatch.setattr("sam_hf.perturbation.reading_is_free", lambda number: False)
     here, there = torch.randn(3), torch.empty(3, device="meta")
     before = here.clone()
     perturbation = Perturbation([there, here, there.clone()])

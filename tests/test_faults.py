@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import has_one_pass_at_w_plus_e, methods_and_scopes
 from faulty import (
     TINY_RHO,
     Faulty,
     K,
-    all_methods,
+    all_methods_and_scopes,
+    all_passes,
     all_scopes,
     assert_same,
     both_passes,
@@ -21,6 +23,7 @@ from faulty import (
     forward_and_backward,
     forward_number,
     gradients_before,
+    options,
     undisturbed,
     watched,
 )
@@ -28,14 +31,12 @@ from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
-from sam_hf import SAMTrainer
+from sam_hf import SAMConfig, SAMTrainer
 
 # ---- What is left when the exception leaves the training step --------------------------------
 
 
-@all_methods
-@all_scopes
-@both_passes
+@all_passes
 @every_micro_batch
 @pytest.mark.parametrize(
     ("kind", "where"),
@@ -54,8 +55,8 @@ def test_weights_are_those_of_the_last_update_bitwise_whatever_fails(
     index: int,
     kind: type[BaseException],
 ) -> None:
-    number = forward_number(failing_pass, scope, index, update=1)
-    trainer = watched({"sam_method": method, "sam_scope": scope}, {number: failure(where, kind)})
+    number = forward_number(failing_pass, scope, index, update=1, method=method)
+    trainer = watched(options(method, scope), {number: failure(where, kind)})
     spy = Spy()
     trainer.add_callback(spy)
     left = failed(trainer, kind)
@@ -64,15 +65,14 @@ def test_weights_are_those_of_the_last_update_bitwise_whatever_fails(
     assert left.replaced_methods == []
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @forward_and_backward
 @every_micro_batch
 def test_a_failed_descent_leaves_all_but_the_gradients_as_the_ascent_left_it(
     method: str, scope: str, where: str, index: int
 ) -> None:
     number = forward_number("descent", scope, index)
-    left = failed(watched({"sam_method": method, "sam_scope": scope}, {number: failure(where)}))
+    left = failed(watched(options(method, scope), {number: failure(where)}))
     # The ascent is the plain Trainer's training step: so is all that it leaves.
     expected = undisturbed(None)[K - 1 if scope == "batch" else index]
     assert left.counters == expected.counters
@@ -95,53 +95,71 @@ def test_a_failed_descent_with_masks_of_its_own_gives_back_the_random_numbers_it
     assert left.generators == expected.generators
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @forward_and_backward
 @every_micro_batch
 def test_a_failed_descent_leaves_the_gradients_of_earlier_micro_batches_and_no_part_of_its_own(
     method: str, scope: str, where: str, index: int
 ) -> None:
     number = forward_number("descent", scope, index)
-    left = failed(watched({"sam_method": method, "sam_scope": scope}, {number: failure(where)}))
+    left = failed(watched(options(method, scope), {number: failure(where)}))
     # With one e for the update, no micro-batch has its g_s before the last one.
     assert_same(left.gradients, gradients_before(index * (scope != "batch"), method, scope))
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @forward_and_backward
 @every_micro_batch
 def test_a_failed_ascent_leaves_what_it_leaves_in_a_plain_trainer(
     method: str, scope: str, where: str, index: int
 ) -> None:
     number = forward_number("ascent", scope, index)
-    left = failed(watched({"sam_method": method, "sam_scope": scope}, {number: failure(where)}))
+    left = failed(watched(options(method, scope), {number: failure(where)}))
     plain = failed(watched(None, {index: failure(where)}))
     assert left.counters == plain.counters
     assert left.generators == plain.generators
     assert left.replaced_methods == []
     assert_same(left.statistics, plain.statistics)
     assert_same(left.weights, plain.weights)
-    is_alone = scope == "micro_batch"
-    assert_same(
-        left.gradients, gradients_before(index, method, scope) if is_alone else plain.gradients
-    )
+    if scope == "micro_batch":
+        assert_same(left.gradients, gradients_before(index, method, scope))
+    else:  # a method that perturbs a part of the weights has no gradients of the others
+        taken = SAMConfig(sam_method=method).build_method().choose(list(plain.gradients), 0)
+        expected = {n: g if n in taken else None for n, g in plain.gradients.items()}
+        assert_same(left.gradients, expected)
+
+
+@pytest.mark.parametrize(
+    "method", [name for name, _ in methods_and_scopes(has_one_pass_at_w_plus_e)]
+)
+@forward_and_backward
+@every_micro_batch
+def test_a_failed_pass_at_w_plus_e_that_is_the_only_one_leaves_what_it_leaves_in_a_plain_trainer(
+    method: str, where: str, index: int
+) -> None:
+    # In the second update, since e lies along the momentum of the first.
+    fault = {K + index: failure(where)}
+    left = failed(watched(options(method, "batch", sam_rho=TINY_RHO), dict(fault)))
+    plain = failed(watched(None, fault))
+    assert left.counters == plain.counters
+    assert left.generators == plain.generators
+    assert left.replaced_methods == []
+    assert_same(left.statistics, plain.statistics)
+    assert_same(left.weights, plain.weights)
+    assert_same(left.gradients, plain.gradients)
 
 
 # ---- Again ------------------------------------------------------------------------------------
 
 
-@all_methods
-@all_scopes
-@both_passes
+@all_passes
 @forward_and_backward
 @every_micro_batch
 def test_training_again_after_a_failure_equals_a_fresh_run_from_the_same_weights(
     method: str, scope: str, failing_pass: str, where: str, index: int
 ) -> None:
-    number = forward_number(failing_pass, scope, index)
-    sam = {"sam_method": method, "sam_scope": scope}
+    number = forward_number(failing_pass, scope, index, method=method)
+    sam = options(method, scope)
     trainer = watched(sam, {number: failure(where)})
     failed(trainer)
     fresh = watched(sam, model=copy.deepcopy(trainer.model))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import fields
 
 import pytest
+from combinations import MOVING
 from hub_server import hub_server, use_hub
 from huggingface_hub import ModelCard
 from real_models import bert, tokens
@@ -98,7 +100,9 @@ def test_the_card_holds_settings_layout_metrics_readings_and_the_citation(tmp_pa
     cells = tables(card.text)
     assert cells["sam_rho"] == ["0.5"] and cells["sam_method"] == ["asam"]
     assert cells["sam_eta"] == ["0.01"] and cells["sam_params"] == [r"layer\.\d\|classifier"]
-    assert set(trainer.sam_config.to_sam_dict()) <= cells.keys()
+    ignored = set(trainer.sam_config.options_of_other_methods())
+    assert trainer.sam_config.to_sam_dict().keys() - ignored <= cells.keys() - ignored
+    assert not ignored & cells.keys()
     assert cells["distributed type"] == ["NO"] and cells["processes"] == ["1"]
     assert cells["device"] == ["cpu"] and cells["mixed precision"] == ["no"]
     assert cells["micro-batch"] == ["4"] and cells["examples in an update"] == ["8"]
@@ -116,16 +120,28 @@ def test_the_card_holds_settings_layout_metrics_readings_and_the_citation(tmp_pa
     assert METHODS["asam"].citation in card.text and METHODS["sam"].citation not in card.text
 
 
-def test_the_card_of_sam_cites_sam_and_leaves_out_the_options_of_asam(tmp_path):
+@pytest.mark.parametrize("method", MOVING)
+def test_the_card_of_a_method_cites_its_paper_and_leaves_out_the_options_of_others(
+    method, tmp_path
+):
     trainer = bert_trainer(
-        tmp_path, None, args_class=SAMTrainingArguments, hub_model_id="me/tiny", sam_rho=0.02
+        tmp_path,
+        None,
+        args_class=SAMTrainingArguments,
+        hub_model_id="me/tiny",
+        sam_rho=0.02,
+        sam_method=method,
     )
     trainer.create_model_card()  # without a run there are no metrics, and no readings
     card = ModelCard.load(tmp_path / "README.md")
     cells = tables(card.text)
-    assert cells["sam_rho"] == ["0.02"] and not {"sam_eta", "sam_sharpness", "loss"} & cells.keys()
-    assert "sam" in card.data.tags and "asam" not in card.data.tags
-    assert METHODS["sam"].citation in card.text and METHODS["asam"].citation not in card.text
+    assert cells["sam_rho"] == ["0.02"] and not {"sam_sharpness", "loss"} & cells.keys()
+    own = {f"sam_{field.name}" for field in fields(METHODS[method])}
+    others = {f"sam_{field.name}" for each in METHODS.values() for field in fields(each)} - own
+    assert own <= cells.keys() and not others & cells.keys()
+    assert [name for name in METHODS if name in card.data.tags] == [method]
+    cited = [name for name, each in METHODS.items() if each.citation in card.text]
+    assert cited == [method]
     assert 'SAMConfig.from_pretrained("me/tiny")' in card.text
 
 

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import WHOLE
 from faulty import (
     TINY_RHO,
     Fault,
     Faulty,
     K,
-    all_methods,
+    all_methods_and_scopes,
     all_scopes,
     assert_same,
     bad_gradient,
@@ -21,6 +22,7 @@ from faulty import (
     failed,
     failure,
     forward_number,
+    options,
     undisturbed,
     watched,
 )
@@ -72,7 +74,7 @@ def trained(
         Faulty(faults),
         examples(4 * K * 2),
         trainer_class,
-        sam={"sam_rho": 0.3, "sam_method": method, "sam_scope": scope},
+        sam=options(method, scope, WHOLE, sam_rho=0.3),
         gradient_accumulation_steps=K,
         max_steps=max_steps,
     )
@@ -84,8 +86,7 @@ def trained(
 # ---- Without a scaler -------------------------------------------------------------------------
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @every_micro_batch
 @every_fault
 def test_a_nonfinite_ascent_perturbs_nothing_and_the_step_is_the_plain_one(
@@ -99,8 +100,7 @@ def test_a_nonfinite_ascent_perturbs_nothing_and_the_step_is_the_plain_one(
     assert_same_bits(trainer.model, weights(expected.model))
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @every_fault
 def test_a_nonfinite_ascent_is_logged_as_no_perturbation_and_never_as_nan(
     method: str, scope: str, fault: Fault
@@ -114,15 +114,14 @@ def test_a_nonfinite_ascent_is_logged_as_no_perturbation_and_never_as_nan(
     assert second["sam_perturbation_norm"] > 0
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @every_micro_batch
 @every_fault
 def test_a_nonfinite_descent_is_to_the_trainer_what_it_is_without_sam(
     method: str, scope: str, index: int, fault: Fault
 ) -> None:
     number = forward_number("descent", scope, index)
-    trainer = watched({"sam_method": method, "sam_scope": scope}, {number: fault}, max_steps=1)
+    trainer = watched(options(method, scope), {number: fault}, max_steps=1)
     plain = watched(None, {index: fault}, max_steps=1)
     w = weights(trainer.model)
     for each in (trainer, plain):
@@ -223,15 +222,14 @@ class HalfPrecisionClassifier(Classifier):
         return {"loss": cross_entropy(logits, labels), "logits": logits}
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 def test_a_scale_too_large_for_fp16_falls_as_without_sam_and_then_the_steps_are_perturbed(
     method: str, scope: str
 ) -> None:
     set_seed(0)
     model = HalfPrecisionClassifier()
     start, plain_model = weights(model), copy.deepcopy(model)
-    sam = {"sam_rho": 0.3, "sam_method": method, "sam_scope": scope}
+    sam = options(method, scope, sam_rho=0.3)
     never_grows = (2.0**22, 2.0, 0.5, 100)
     trainer, seen = scaled(sam, model, never_grows, max_steps=8)
     _, plain = scaled(None, plain_model, never_grows, max_steps=8)

@@ -6,17 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from combinations import PURE
 from faulty import (
     TINY_RHO,
     Faulty,
     K,
-    all_methods,
+    all_methods_and_scopes,
     all_scopes,
     assert_same,
     every_micro_batch,
     failure,
     forward_and_backward,
     forward_number,
+    options,
 )
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor
@@ -136,25 +138,23 @@ def stopped(sam: dict[str, Any] | None, flag: str, index: int) -> tuple[Any, Spy
 not_the_last_micro_batch = pytest.mark.parametrize("index", range(K - 1))
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @not_the_last_micro_batch
 def test_stopping_in_the_middle_of_an_update_leaves_the_weights_of_the_last_one(
     method: str, scope: str, index: int
 ) -> None:
-    sam = {"sam_rho": 0.3, "sam_method": method, "sam_scope": scope}
+    sam = options(method, scope, sam_rho=0.3)
     trainer, spy = stopped(sam, "should_training_stop", index)
     assert trainer.state.global_step == len(spy.weights) == 1
     assert_same_bits(trainer.model, spy.weights[0])
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @not_the_last_micro_batch
 def test_training_again_after_stopping_in_the_middle_of_an_update_equals_a_fresh_run(
     method: str, scope: str, index: int
 ) -> None:
-    sam = {"sam_rho": 0.3, "sam_method": method, "sam_scope": scope}
+    sam = options(method, scope, sam_rho=0.3)
     trainer, spy = stopped(sam, "should_training_stop", index)
     fresh = sam_trainer(
         Faulty(noise=0.0), examples(4 * K * 2), sam=sam, gradient_accumulation_steps=K
@@ -166,14 +166,13 @@ def test_training_again_after_stopping_in_the_middle_of_an_update_equals_a_fresh
     assert_same_bits(trainer.model, weights(fresh.model))
 
 
-@all_methods
-@all_scopes
+@all_methods_and_scopes
 @not_the_last_micro_batch
 def test_an_epoch_that_stops_in_the_middle_of_an_update_goes_on_as_in_a_plain_trainer(
     method: str, scope: str, index: int
 ) -> None:
     # The gradients of the cut update stay for the first update of the next epoch.
-    sam = {"sam_rho": TINY_RHO, "sam_method": method, "sam_scope": scope}
+    sam = options(method, scope, PURE, sam_rho=TINY_RHO)
     trainer, spy = stopped(sam, "should_epoch_stop", index)
     plain, plain_spy = stopped(None, "should_epoch_stop", index)
     assert trainer.state.global_step == plain.state.global_step == 3

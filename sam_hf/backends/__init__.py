@@ -24,10 +24,11 @@ def backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
         weights: the perturbed parameters.
     """
     accelerator, n_devices = trainer.accelerator, trainer.args.n_gpu
+    shared = (weights, accelerator, n_devices, bool(trainer.args.torch_compile))
     if trainer.is_deepspeed_enabled:
-        return DeepSpeedBackend(weights, accelerator, n_devices)
+        return DeepSpeedBackend(*shared)
     if any(isinstance(p, DTensor) for p in trainer.model.parameters()):
         sharding = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
         n_replicas = getattr(sharding, "dp_replicate_size", None) or 1
-        return ShardedBackend(weights, accelerator, n_devices, has_replicas=n_replicas > 1)
-    return Backend(weights, accelerator, n_devices)
+        return ShardedBackend(*shared, has_replicas=n_replicas > 1)
+    return Backend(*shared)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..side_effects import shadowed
@@ -39,6 +38,10 @@ class DeepSpeedBackend(Backend):
     def reduces_kept_gradients(self) -> bool:
         return self.is_end_of_update
 
+    @property
+    def can_take_some_gradients(self) -> bool:
+        return False  # the ascent takes no others in any case
+
     def descent_is_awaited(self, each_alone: bool) -> bool:
         return True  # DeepSpeed has not seen these examples yet
 
@@ -62,17 +65,7 @@ class DeepSpeedBackend(Backend):
         with shadowed(self._accelerator, backward=backward), shadowed(engine, forward=forward):
             yield
         if self.is_end_of_update and not each_alone:
-            self._reduce()
-
-    def _reduce(self) -> None:
-        """The mean of the gradients over the processes."""
-        # Another process may have a gradient where this one has none.
-        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
-        torch._foreach_div_(grads, self._accelerator.num_processes)
-        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
-            work.wait()
-        for w, g in zip(self._weights, grads, strict=True):
-            w.grad = g
+            self.reduce_ascent(self._weights)
 
     @contextmanager
     def _without_reduction(self, model: nn.Module) -> Iterator[None]:
@@ -96,8 +89,8 @@ class DeepSpeedBackend(Backend):
     def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(weights)  # DeepSpeed has them, in parts
 
-    def unscaled(self, norm: Tensor) -> Tensor:
-        return norm / self._loss_scale
+    def loss_scale(self) -> Tensor | None:
+        return torch.tensor(self._loss_scale)
 
     @property
     def _loss_scale(self) -> float:

@@ -99,6 +99,12 @@ def refuse_what_cannot_work(trainer: Any, sam_params: str) -> None:
             "which DDP cannot do with a static graph. Set ddp_static_graph=False, "
             "sam_scope='batch' or sam_rho=0."
         )
+    method = trainer.sam_config.build_method()
+    if method.needs_adapters and (trainer.is_fsdp_enabled or is_loaded):
+        raise ValueError(
+            f"sam_method={trainer.sam_config.sam_method!r} needs whole adapters, and FSDP and "
+            "tensor parallelism cut them. Train in one process or with DDP, or set sam_rho=0."
+        )
     perturbed = select_parameters(trainer.model, sam_params)
     if sparse := sorted(sparse_parameters(trainer.model) & perturbed.keys()):
         raise ValueError(
@@ -125,6 +131,19 @@ def _refuse_deepspeed(trainer: Any) -> None:
             "its own, through which SAM cannot perturb them safely. Allowed: zero_stage 0, 1 or 2. "
             "To shard weights use FSDP2 (`fsdp`), or set sam_rho=0."
         )
+    config = trainer.sam_config
+    method, name = config.build_method(), f"sam_method={config.sam_method!r}"
+    reason = None
+    if method.along_momentum:
+        reason = f"{name} perturbs along the optimizer's momentum, which DeepSpeed shards"
+    elif method.keeps_gradient():
+        reason = f"{name} combines the gradients at w and at w + e, and DeepSpeed hides the latter"
+    elif method.steps_too():
+        reason = f"{name} acts beside the optimizer's step, which DeepSpeed takes by itself"
+    elif config.sam_trigger != "always":
+        reason = "sam_trigger steps with the gradient of the ascent, which DeepSpeed has not seen"
+    if reason is not None:
+        raise ValueError(f"{reason}. Use DDP or FSDP2 (`fsdp`), or another method.")
     options = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and options.get("use_reentrant"):
         raise ValueError(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..methods import Dot
+from ..methods.lists import scale_
 from ..perturbation import HALF
+from ..side_effects import shadowed
 
 
 class Backend:
@@ -24,10 +28,15 @@ class Backend:
         weights: the perturbed parameters.
         accelerator: Accelerate's, which knows the processes and the loss scale.
         n_devices: the accelerators that this process spreads its batches over (`DataParallel`).
+        is_compiled: whether `torch.compile` has made another program of the model.
     """
 
     def __init__(
-        self, weights: Sequence[nn.Parameter], accelerator: Accelerator, n_devices: int = 1
+        self,
+        weights: Sequence[nn.Parameter],
+        accelerator: Accelerator,
+        n_devices: int = 1,
+        is_compiled: bool = False,
     ) -> None:
         self._accelerator = accelerator
         self._device = weights[0].device if weights else torch.device("cpu")
@@ -37,6 +46,7 @@ class Backend:
         if self.rng_devices and n_devices > 1:
             self.rng_devices |= {torch.device(self._device.type, i) for i in range(n_devices)}
         self.half = any(w.dtype in HALF for w in weights)
+        self._is_compiled = is_compiled
 
     # ---- Where in the run --------------------------------------------------------------------
 
@@ -75,6 +85,39 @@ class Backend:
         With `each_alone`, the micro-batch has an e of its own, and its gradient stays here.
         """
         return self._without_reduction(model) if each_alone else nullcontext()
+
+    @property
+    def can_take_some_gradients(self) -> bool:
+        """Whether `ascent_for` works here."""
+        handler = self._accelerator.ddp_handler
+        is_static = handler is not None and handler.static_graph
+        return self._accelerator.num_processes == 1 or not is_static
+
+    @contextmanager
+    def ascent_for(
+        self, weights: Sequence[Tensor], model: nn.Module, each_alone: bool
+    ) -> Iterator[None]:
+        """As `ascent`, for the gradients of `weights` alone: those of others are not computed.
+
+        DDP would wait for the others in its reduction: it is left out, and made up for.
+        """
+        backward = functools.partial(self._accelerator.backward, inputs=list(weights))
+        with self._without_reduction(model), shadowed(self._accelerator, backward=backward):
+            yield
+        if self.is_end_of_update and not each_alone:
+            self.reduce_ascent(weights)
+
+    def reduce_ascent(self, weights: Sequence[Tensor]) -> None:
+        """Put the mean over the processes in the place of gradients that were not reduced."""
+        if self._accelerator.num_processes == 1:
+            return
+        # Another process may have a gradient where this one has none.
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        torch._foreach_div_(grads, self._accelerator.num_processes)
+        for work in [dist.all_reduce(g, async_op=True) for g in grads]:
+            work.wait()
+        for w, g in zip(weights, grads, strict=True):
+            w.grad = g
 
     def replaying(
         self, model: nn.Module, is_last: bool, each_alone: bool
@@ -130,12 +173,44 @@ class Backend:
         """The gradients of those weights that have one, as `local` gives the weights."""
         return self.local([w.grad for w in weights if w.grad is not None])
 
+    def writable_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """As `local_gradients`, in the memory of what the optimizer will read."""
+        return self.local_gradients(weights)
+
+    def kept_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """As `local_gradients`, in memory that the next backward pass does not write."""
+        handler = self._accelerator.ddp_handler
+        is_view = handler is not None and handler.gradient_as_bucket_view
+        grads = self.local_gradients(weights)
+        # A compiled model may leave its gradients in the memory of a captured graph.
+        return [g.clone() for g in grads] if is_view or self._is_compiled else grads
+
+    def loss_scale(self) -> Tensor | None:
+        """The factor of fp16's loss scaling that is in the gradients, on the device."""
+        scaler = self._accelerator.scaler
+        return None if scaler is None else scaler.scale(torch.ones((), device=self._device))
+
     def unscaled(self, norm: Tensor) -> Tensor:
         """A norm of gradients without the factor of fp16's loss scaling."""
-        scaler = self._accelerator.scaler
-        return norm if scaler is None else norm / scaler.scale(torch.ones_like(norm))
+        scale = self.loss_scale()
+        return norm if scale is None else norm / scale
+
+    def unscale_(self, grads: Sequence[Tensor]) -> None:
+        """Take the factor of fp16's loss scaling out of gradients."""
+        scale = self.loss_scale()
+        if scale is not None:
+            scale_(grads, 1 / scale)
 
     # ---- Numbers -----------------------------------------------------------------------------
+
+    def shares_state(self, each_alone: bool) -> bool:
+        """Whether what a method makes of gradients is the same on every process."""
+        return self._accelerator.num_processes == 1 or not each_alone
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The number of this process, and of how many."""
+        return self._accelerator.process_index, self._accelerator.num_processes
 
     def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
         """The numbers as one tensor, added up over the processes, which must all call this."""

@@ -40,6 +40,13 @@ class ShardedBackend(Backend):
     def reduces_kept_gradients(self) -> bool:
         return False  # a reduced shard is added to what `.grad` holds
 
+    @property
+    def can_take_some_gradients(self) -> bool:
+        return False  # FSDP2 reduces the gradients of a module together
+
+    def shares_state(self, each_alone: bool) -> bool:
+        return bool(self._accelerator.num_processes == 1)
+
     def descent_is_awaited(self, each_alone: bool) -> bool:
         return False  # FSDP2 demands that all processes use the same parameters
 
@@ -97,6 +104,12 @@ class ShardedBackend(Backend):
     def local_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
         # Tensor parallelism may leave a gradient whole where the weight is cut.
         return self.local([_placed_as(w, w.grad) for w in weights if w.grad is not None])
+
+    def writable_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        for w in weights:
+            if w.grad is not None:
+                w.grad = _placed_as(w, w.grad)
+        return self.local_gradients(weights)
 
     def dot_over(self, weights: Sequence[Tensor]) -> Dot:
         # What several processes hold counts once.

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from .asam import ASAM
-from .base import Dot, Method
+from .bar import BAR
+from .base import Dot, Method, State
+from .bilora import BiLoRA
+from .esam import ESAM
+from .friendly_sam import FriendlySAM
+from .gsam import GSAM
+from .looksam import LookSAM
+from .msam import MSAM
 from .sam import SAM
+from .vasso import VaSSO
+from .wsam import WSAM
 
 METHODS: dict[str, type[Method]] = {
     "sam": SAM,
     "asam": ASAM,
+    "gsam": GSAM,
+    "looksam": LookSAM,
+    "wsam": WSAM,
+    "friendly_sam": FriendlySAM,
+    "vasso": VaSSO,
+    "msam": MSAM,
+    "esam": ESAM,
+    "bilora": BiLoRA,
+    "bar": BAR,
 }
 
-__all__ = ["ASAM", "METHODS", "SAM", "Dot", "Method"]
+__all__ = ["METHODS", "Dot", "Method", "State"]

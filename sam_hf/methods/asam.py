@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Dot, Method
+from .base import Dot, Method, State
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,12 @@ class ASAM(Method):
     adaptive_scope: str
 
     def direction(
-        self, names: Sequence[str], weights: list[Tensor], grads: list[Tensor], dot: Dot
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        dot: Dot,
+        state: State,
     ) -> tuple[list[Tensor], Tensor]:
         scaled = self._scaled(names)
         if not scaled:

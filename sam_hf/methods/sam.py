@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Dot, Method
+from .base import Dot, Method, State
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class SAM(Method):
 }"""
 
     def direction(
-        self, names: Sequence[str], weights: list[Tensor], grads: list[Tensor], dot: Dot
+        self,
+        names: Sequence[str],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        dot: Dot,
+        state: State,
     ) -> tuple[list[Tensor], Tensor]:
         return grads, dot(grads, grads)
 
