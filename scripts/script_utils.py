@@ -142,7 +142,7 @@ class OptionParser(HfArgumentParser):
 
     def _read_yaml(self, file: str) -> dict[str, Any]:
         try:
-            options = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+            options = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a text file"
             raise InputError(f"cannot read the YAML file {file!r}: {reason}") from error
@@ -191,7 +191,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML's own loader lets the last of two equal keys win without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

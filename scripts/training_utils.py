@@ -121,12 +121,14 @@ class ComputeMeter(TrainerCallback):
 
     It watches the model's forward calls, so that it needs no knowledge of the method. Each log
     entry gets `examples_computed`, all of them, and `examples_drawn`, those that came from the
-    data: in a plain run the two are equal, SAM on every update computes twice what it draws.
+    data: in a plain run the two are equal, SAM on every update computes twice what it draws. A pass
+    over a part of the micro-batch counts as that part. A pass counts as one whether or not its
+    backward half computes the gradients of all weights.
     """
 
     def __init__(self) -> None:
         self.computed = self.drawn = 0
-        self._is_new_micro_batch = True
+        self._micro_batch = 0  # examples of the micro-batch at hand that have been seen so far
         self._hook: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -145,12 +147,12 @@ class ComputeMeter(TrainerCallback):
             return
         examples = len(next(iter((*inputs, *named_inputs.values())))) * self._processes
         self.computed += examples
-        if self._is_new_micro_batch:
-            self.drawn += examples
-        self._is_new_micro_batch = False
+        if examples > self._micro_batch:  # the first pass may have had a part of them alone
+            self.drawn += examples - self._micro_batch
+            self._micro_batch = examples
 
     def on_substep_end(self, args, state, control, **kwargs):
-        self._is_new_micro_batch = True
+        self._micro_batch = 0
 
     on_step_end = on_substep_end
 

@@ -1,0 +1,248 @@
+"""The results of `compare_methods.py` as a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from comparison_costs import extra_memory, relative_time
+from comparison_plot import draw_gain_and_cost
+from comparison_recipes import PLAIN
+from comparison_runs import plain_length
+from comparison_statistics import Estimate, mean_interval, paired_gain, share
+from script_utils import InputError, closest
+
+Scores = dict[str, dict[int, float]]  # of one recipe: by level and seed
+
+
+@dataclass
+class Row:
+    """What the table says of a recipe. Gains are shares of the test images, not yet points."""
+
+    name: str
+    group: str
+    rho: float | None
+    accuracy: dict[str, Estimate]
+    gains: dict[str, Estimate]
+    gain: Estimate
+    share: Estimate
+    equal_gain: Estimate | None  # None where the longer plain runs are not there
+    passes: float
+    time: tuple[float, float, float] | None  # median and quartiles
+    memory: float | None
+
+
+def report(
+    content: dict[str, Any], names: Sequence[str] | None, reference: str, folder: Path
+) -> None:
+    """Print the table; save it, with the details, and the picture.
+
+    Raises:
+        InputError: a recipe is not in the results, or they have none of it.
+    """
+    for name in (*(names or ()), reference):
+        if name not in content["recipes"]:
+            hint = closest(name, content["recipes"])
+            raise InputError(f"the results have no recipe {name!r}{hint}")
+    rows, left_out = make_rows(content, names, reference)
+    table = main_table(rows)
+    left_out += _timed_otherwise(content, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = [
+        f"# {title(content)}",
+        table,
+        *left_out,
+        "## Gain at each noise level",
+        gain_table(rows),
+    ]
+    text += ["## Recipes", _descriptions(content, rows)]
+    (folder / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    picture = folder / "gain_and_cost.png"
+    draw_gain_and_cost(rows, plain_curve(content), title(content), picture)
+    print("", title(content), "", table, *left_out, sep="\n")
+    print(f"\nsaved in {folder}: table.md, {picture.name}")
+
+
+def make_rows(
+    content: dict[str, Any], names: Sequence[str] | None, reference: str
+) -> tuple[list[Row], list[str]]:
+    """A row for each recipe that has all runs that plain training has, and a line for the others.
+
+    Raises:
+        InputError: plain training or the reference has not all runs.
+    """
+    runs = _by_recipe(content["runs"])
+    plain = runs.get((PLAIN, 1.0), {})
+    points = {(level, seed) for level, seeds in plain.items() for seed in seeds}
+    if not points or len(points) < len(plain) * len(next(iter(plain.values()))):
+        raise InputError("plain training has not been run at every level with every seed yet")
+    rows, left_out = [], []
+    for name in content["recipes"]:
+        if names is not None and name not in (PLAIN, reference, *names):
+            continue
+        own = runs.get((name, 1.0), {})
+        missing = points - {(level, seed) for level, seeds in own.items() for seed in seeds}
+        if not missing:
+            rows.append(_row(content, runs, name, reference))
+        elif name == reference:
+            raise InputError(f"--reference {name!r} has not been run at every level and seed yet")
+        else:
+            left_out.append(f"left out: {name}, {len(missing)} of its runs are missing")
+    return rows, left_out
+
+
+def _timed_otherwise(content: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """Recipes that look at the gradient may perturb in another part of a short run."""
+    costs = content.get("costs", {}).get("recipes", {})
+    return [
+        f"note: {row.name} made {costs[row.name]['passes']:.2f} passes an update when it was timed"
+        for row in rows
+        if row.name in costs and abs(costs[row.name]["passes"] - row.passes) > 0.05
+    ]
+
+
+def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: str) -> Row:
+    plain, own, ours = runs[PLAIN, 1.0], runs[name, 1.0], runs[reference, 1.0]
+    levels, seeds = list(plain), sorted(next(iter(plain.values())))
+
+    def scores(of: dict[str, dict[int, Any]]) -> np.ndarray:
+        return np.array([[of[level][seed]["accuracy"] for seed in seeds] for level in levels])
+
+    baseline, mine = scores(plain), scores(own)
+    passes = {level: fmean(own[level][s]["passes"] for s in seeds) for level in levels}
+    # Plain training with as many passes, at each level.
+    longer = {
+        level: runs.get((PLAIN, plain_length([passes[level]])), {}).get(level, {})
+        for level in levels
+    }
+    equal = None
+    if all(set(seeds) <= longer[level].keys() for level in levels):
+        equal = paired_gain(mine.mean(0), scores(longer).mean(0))
+    costs = content.get("costs", {}).get("recipes", {})
+    options = content["recipes"][name].get("options", {})
+    return Row(
+        name=name,
+        group=content["recipes"][name]["group"],
+        rho=options.get("sam_rho", options.get("rho")),
+        accuracy={level: mean_interval(mine[i]) for i, level in enumerate(levels)},
+        gains={level: paired_gain(mine[i], baseline[i]) for i, level in enumerate(levels)},
+        gain=paired_gain(mine.mean(0), baseline.mean(0)),
+        share=share((mine - baseline).mean(0), (scores(ours) - baseline).mean(0)),
+        equal_gain=equal,
+        passes=fmean(passes.values()),
+        time=relative_time(costs, name) if name in costs else None,
+        memory=extra_memory(costs, name) if name in costs else None,
+    )
+
+
+def plain_curve(content: dict[str, Any]) -> list[tuple[float, float]]:
+    """(length, gain over its usual length) of plain training, where it was run at every level."""
+    runs = _by_recipe(content["runs"])
+    usual = runs[PLAIN, 1.0]
+    curve = []
+    for (name, length), levels in runs.items():
+        if name == PLAIN and all(
+            usual[level].keys() <= levels.get(level, {}).keys() for level in usual
+        ):
+            pairs = [
+                (levels[level][s]["accuracy"], usual[level][s]["accuracy"])
+                for level in usual
+                for s in usual[level]
+            ]
+            curve.append((length, fmean(longer - short for longer, short in pairs)))
+    return sorted(curve)
+
+
+def main_table(rows: Sequence[Row]) -> str:
+    levels = list(rows[0].accuracy)
+    head = ["recipe", "rho", *(f"accuracy, {in_words(level)}" for level in levels)]
+    head += ["gain", "share", "gain, equal passes", "passes", "time", "memory"]
+    lines = []
+    for row in rows:
+        is_plain = row.name == PLAIN
+        line = [row.name, "-" if row.rho is None else f"{row.rho:g}"]
+        line += [_accuracy(row.accuracy[level]) for level in levels]
+        line += ["-", "-", "-"] if is_plain else [_points(row.gain), _share(row), _equal(row)]
+        line += [f"{row.passes:.2f}", "-" if row.time is None else f"{row.time[0]:.2f}"]
+        line += ["-" if row.memory is None else f"{row.memory:.2f}"]
+        lines.append(line)
+    return markdown(head, lines)
+
+
+def gain_table(rows: Sequence[Row]) -> str:
+    levels = list(rows[0].accuracy)
+    lines = [
+        [row.name, *(_points(row.gains[level]) for level in levels), _quartiles(row)]
+        for row in rows
+        if row.name != PLAIN
+    ]
+    return markdown(["recipe", *map(in_words, levels), "time, quartiles"], lines)
+
+
+def title(content: dict[str, Any]) -> str:
+    settings = content["settings"]
+    plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
+    levels = list(dict.fromkeys(in_words(run["level"]) for run in plain))
+    what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
+    return (
+        f"{settings['task']}, {settings['training_images']} training images: "
+        f"{what.replace(' % wrong labels,', ',')}, {len({run['seed'] for run in plain})} seeds"
+    )
+
+
+def in_words(level: str) -> str:
+    """'40 % wrong labels', or the column of the labels that people gave."""
+    try:
+        return f"{100 * float(level):g} % wrong labels"
+    except ValueError:
+        return level.replace("_", " ")
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    rows = [head, ["-" * width for width in widths], *lines]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    )
+
+
+def _accuracy(estimate: Estimate) -> str:
+    half = f" ± {estimate.half_width:.3f}" if estimate.is_bounded else ""
+    return f"{estimate.value:.3f}{half}"
+
+
+def _points(estimate: Estimate) -> str:
+    interval = f" [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+    return f"{100 * estimate.value:+.1f}{interval if estimate.is_bounded else ''}"
+
+
+def _share(row: Row) -> str:
+    share = row.share
+    return f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]" if share.is_bounded else "-"
+
+
+def _equal(row: Row) -> str:
+    return "-" if row.equal_gain is None else _points(row.equal_gain)
+
+
+def _quartiles(row: Row) -> str:
+    return "-" if row.time is None else f"{row.time[1]:.2f} to {row.time[2]:.2f}"
+
+
+def _descriptions(content: dict[str, Any], rows: Sequence[Row]) -> str:
+    recipes = content["recipes"]
+    return "\n".join(f"- {row.name}: {recipes[row.name]['description']}" for row in rows)
+
+
+def _by_recipe(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, float], Any]:
+    """{(recipe, length): {level: {seed: record}}}"""
+    found: dict[tuple[str, float], Any] = {}
+    for run in runs:
+        levels = found.setdefault((run["recipe"], run["length"]), {})
+        levels.setdefault(run["level"], {})[run["seed"]] = run
+    return found

@@ -1,0 +1,85 @@
+"""CIFAR-10 in the comparison: its files, the labels that people gave, and the model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sam_hf")
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+from comparison_arguments import Options
+from comparison_recipes import Recipe
+from comparison_runs import RunSpec, train_once
+from comparison_tasks import build_task
+from script_utils import InputError
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Three small parquet files in the layout of CIFAR-10 and CIFAR-10N, as options."""
+    datasets = pytest.importorskip("datasets")
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
+    for name in ("train", "test"):
+        images = random.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8)
+        rows = {"img": list(images), "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    worse = (labels + (np.arange(60) % 4 == 0)) % 3
+    human = {"clean_label": labels, "worse_label": worse}
+    datasets.Dataset.from_dict(human).to_parquet(tmp_path / "human.parquet")
+    human = {"clean_label": labels[::-1].copy(), "worse_label": worse}
+    datasets.Dataset.from_dict(human).to_parquet(tmp_path / "disordered.parquet")
+    return {
+        "task": "cifar10",
+        "train_file": [str(tmp_path / "train.parquet")],
+        "validation_file": [str(tmp_path / "test.parquet")],
+        "labels_file": str(tmp_path / "human.parquet"),
+        "label_column": ["worse_label"],
+        "max_train_samples": 40,
+        "per_device_train_batch_size": 16,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+    }
+
+
+def test_cifar_trains_a_wide_resnet_on_the_labels_that_people_gave(cifar):
+    options = Options(**cifar)
+    task = build_task(options)
+    train, _ = task.sets("worse_label", 0, is_tuning=False)
+    differing = int((train.data.labels != task.data.train.labels).sum())
+    assert 0 < differing < 20
+    recipe = Recipe("sam", "d", options={"sam_rho": 0.1})
+    record = train_once(recipe, task, RunSpec("sam", "worse_label", 0), options)
+    assert record["passes"] == 2.0
+    part, scored = task.sets("worse_label", 100, is_tuning=True)
+    assert len(part) + len(scored) == 40
+
+
+def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
+    cifar["labels_file"] = cifar["labels_file"].replace("human", "disordered")
+    with pytest.raises(InputError, match="the rows are in another order"):
+        build_task(Options(**cifar))
+    cifar["labels_file"] = cifar["train_file"][0].replace("train", "no")
+    with pytest.raises(InputError, match="there is no such file"):
+        build_task(Options(**cifar))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label_noise": [0.4]}, "--label_noise has no effect with --labels_file"),
+        ({"label_column": None}, "go together"),
+        ({"label_column": ["worst"]}, "no column 'worst'"),
+        ({"depth": 12}, "--depth=12 is not allowed"),
+    ],
+)
+def test_wrong_options_of_cifar_are_refused(cifar, changes, said):
+    with pytest.raises((InputError, ValueError), match=said):
+        build_task(Options(**{**cifar, **changes}))
