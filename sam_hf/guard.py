@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ class RunGuard(TrainerCallback):
         trainer._sam_run = trainer._sam_new_run() if trainer.sam_config.sam_rho > 0 else None
         self._first_update = state.global_step
         if trainer._sam_run is not None and state.is_world_process_zero:
-            tqdm.write(describe_cost(trainer.sam_config, state.max_steps))  # beside a bar
+            # Beside a bar, and where that is: what is printed may be read by a program.
+            tqdm.write(describe_cost(trainer.sam_config, state.max_steps), file=sys.stderr)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         run = self._trainer._sam_run

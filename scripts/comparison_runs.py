@@ -11,7 +11,7 @@ import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[
 
 def train_quietly(trainer: Trainer) -> Any:
     """`trainer.train()`, without lines that would break the bar of all runs."""
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         return trainer.train()
 
 
