@@ -107,6 +107,8 @@ class RecordedCall:
     num_items_in_batch: Any
     share: float = 1.0
     """The part of its examples that the first pass used."""
+    weight: float = 1.0
+    """Its part in the pass over its micro-batch."""
     loss: Tensor | None = None
     """What it returned, detached; of the replay, once it was replayed."""
     is_running: bool = False

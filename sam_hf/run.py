@@ -41,9 +41,7 @@ class Run:
         self.backend = backend_for(trainer, list(self.perturbed.values()))
         self.trained = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
         self.ascent = AscentPart(trainer)
-        checkpointing = trainer.args.gradient_checkpointing_kwargs or {}
-        # Reentrant checkpointing knows only `backward()` for all.
-        self._may_take_some = not checkpointing.get("use_reentrant")
+        self._may_take_some = not _checkpoints_reentrantly(model, trainer.args)
         self.memory = Memory(config, self.method, self.backend, self.trained)
         self.trigger = GradientNormTrigger.of(config, self.memory.state)
         self.combination = Combination(
@@ -228,8 +226,9 @@ class Run:
         self, momentum: Mapping[str, Tensor], perturbation: Perturbation, rho: float
     ) -> Tensor:
         """Write w + e, from the optimizer's momentum; the factor that made e of it."""
-        dot = self.backend.dot_over([self.perturbed[name] for name in momentum])
-        moments = self.backend.local(list(momentum.values()))
+        parameters = [self.perturbed[name] for name in momentum]
+        dot = self.backend.dot_over(parameters)
+        moments = self.backend.local_as(parameters, list(momentum.values()))
         return self._move(list(momentum), perturbation, moments, dot, -rho)
 
     def _move(
@@ -248,11 +247,12 @@ class Run:
         return scale
 
     @torch.no_grad()
-    def is_triggered(self, perturbed: Mapping[str, Tensor], update: int, max_updates: int) -> bool:
+    def is_triggered(self, update: int, max_updates: int) -> bool:
         """Whether the rule of `sam_trigger` lets this update be perturbed."""
         if self.trigger is None:
             return True
-        parameters = list(perturbed.values())
+        # Of all that may be perturbed: what a method chooses differs from update to update.
+        parameters = [p for p in self.perturbed.values() if p.grad is not None]
         grads = self.backend.gradients(parameters)
         norm = self.backend.unscaled(self.backend.dot_over(parameters)(grads, grads).sqrt())
         return self.trigger(norm.square(), update, max_updates)
@@ -322,6 +322,15 @@ class Run:
         for p, g in self._set_aside:
             p.grad = g
         self._set_aside = []
+
+
+def _checkpoints_reentrantly(model: nn.Module, args: Any) -> bool:
+    """Whether activations are computed again in a backward pass that knows only all gradients."""
+    options = [args.gradient_checkpointing_kwargs or {}]
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        options.append(getattr(function, "keywords", None) or {})
+    return any(option.get("use_reentrant") for option in options)
 
 
 def _has_sparse_gradient(weight: Tensor) -> bool:

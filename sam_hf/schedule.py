@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def rho_at(config: SAMConfig, update: int, max_updates: int, learning_rate_share
     left = 1 - (done - warmup) / max(1 - warmup, 1e-12)
     share = _cosine(1 - left) if config.sam_rho_schedule == "cosine" else left
     return low + (high - low) * share
+
+
+def learning_rate_share(optimizer: Any) -> float:
+    """lr_t / lr_max, with the learning rate that the schedule multiplies for lr_max."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    if not groups or not groups[0].get("initial_lr"):
+        return 1.0
+    return float(groups[0]["lr"]) / float(groups[0]["initial_lr"])
 
 
 def _cosine(done: float) -> float:

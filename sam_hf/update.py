@@ -27,7 +27,7 @@ from .readings import log_is_due
 from .replay import RandomState, RecordedCall
 from .run import Run
 from .sampling import select_examples
-from .schedule import interval_of, rho_at
+from .schedule import interval_of, learning_rate_share, rho_at
 from .side_effects import SideEffects, shadowed, undoing
 
 # Attributes of a trainer that the second pass leaves as they are: examples (large, and not changed
@@ -75,7 +75,8 @@ class UpdateMixin(_Base):
         step = functools.partial(super().training_step, model)
         rho = 0.0
         if config.perturbs(update, self.state.max_steps):
-            rho = rho_at(config, update, self.state.max_steps, self._sam_learning_rate_share())
+            share = learning_rate_share(self.optimizer)
+            rho = rho_at(config, update, self.state.max_steps, share)
         run.combination.rho = rho
         with run.micro_batch():
             if rho > 0 and run.method.along_momentum:
@@ -104,16 +105,8 @@ class UpdateMixin(_Base):
             inputs: what `compute_loss` is given.
             indices: 1-dimensional, on the CPU, in ascending order.
         """
-        return select_examples(inputs, indices)
-
-    def _sam_learning_rate_share(self) -> float:
-        """lr_t / lr_max, with the learning rate that the schedule multiplies for lr_max."""
-        if self.sam_config.sam_rho_schedule != "learning_rate":
-            return 1.0
-        optimizer: Any = self.optimizer
-        group = optimizer.param_groups[0]
-        highest = float(group.get("initial_lr", self.args.learning_rate))
-        return float(group["lr"]) / highest if highest else 0.0
+        select = getattr(super(), "sam_select_examples", select_examples)  # of a wrapped class
+        return select(inputs, indices)
 
     # ---- One pass along the momentum ---------------------------------------------------------
 
@@ -206,7 +199,9 @@ class UpdateMixin(_Base):
                     "set sam_rho=0."
                 )
             run.note_loss_scale(calls, loss)
-            run.count_passes(sum(call.share for call in calls) / len(calls))
+            for call in calls:
+                call.weight = 1 / len(calls)  # one pass, in so many calls
+            run.count_passes(sum(call.share * call.weight for call in calls))
             run.add_ascent_loss(loss)
         return loss
 
@@ -229,7 +224,7 @@ class UpdateMixin(_Base):
         g_is_g_s = not perturbed and run.ascent.is_whole and not run.taken_alone(update)
         if g_is_g_s and not run.backend.descent_is_awaited(each_alone):
             return
-        if perturbed and not run.is_triggered(perturbed, update, self.state.max_steps):
+        if perturbed and not run.is_triggered(update, self.state.max_steps):
             return
         is_measured = bool(perturbed) and self._sam_is_measured(run)
         perturbation = Perturbation(run.backend.local(list(perturbed.values())))
@@ -300,7 +295,12 @@ class UpdateMixin(_Base):
                 share = run.cost_of_ascent(self.state.global_step) * call.share
                 flos += share * float(self.floating_point_ops(call.inputs))
                 if config.sam_replay_rng:
-                    (call.random_state or random_states[-1]).restore()
+                    # A first pass over a part has drawn less than this one will: the calls after
+                    # it go on from here, or they would draw the same.
+                    goes_on = call.random_state is None or (call.share < 1 and i > 1)
+                    state = random_states[-1] if goes_on else call.random_state
+                    assert state is not None
+                    state.restore()
                 # Coefficients that the calls adapt are where the call found them.
                 vars(self).update(call.attributes)
                 self._sam_is_replaying = True
@@ -312,10 +312,10 @@ class UpdateMixin(_Base):
                 ):
                     loss = Trainer.training_step(self, model, {}, call.num_items_in_batch)
                 losses.append(loss.clone())
-                if call.random_state is None:  # its first pass: others must not draw the same
+                if call.share < 1:
                     random_states.append(RandomState(run.backend.rng_devices))
         self.current_flos += round(flos)
-        run.count_passes(len(calls))
+        run.count_passes(sum(call.weight for call in calls))
         run.check_loss_scale(type(self).__name__, calls[0], losses[0])
         return torch.stack(losses).sum()
 

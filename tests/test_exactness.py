@@ -288,6 +288,9 @@ def test_without_perturbation_the_run_is_the_plain_trainers_bit_for_bit(off, sco
     (plain, plain_rng), (sam_run, sam_rng) = runs
     assert_same_bits(sam_run.model, weights(plain.model))
     assert torch.equal(plain_rng, sam_rng)
+    # A run that has not begun to perturb says so.
+    passes = [e.pop("sam_passes_per_update", 1) for e in sam_run.state.log_history]
+    assert set(passes) == {1}
     drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
     logs = [
         [{k: v for k, v in entry.items() if k not in drop} for entry in t.state.log_history]

@@ -70,6 +70,9 @@ def test_without_perturbation_training_is_the_plain_trainers_to_the_last_bit(cas
     (plain, plain_rng), (ours, our_rng) = run(Trainer), run(SAMTrainer)
     assert_same_run(ours, plain)
     assert torch.equal(our_rng, plain_rng)
+    if sam["sam_rho"] > 0:  # it says that it has not begun
+        entries = [e for e in ours.state.log_history if "loss" in e]
+        assert {e.pop("sam_passes_per_update") for e in entries} == {1}
     assert [set(e) for e in ours.state.log_history] == [set(e) for e in plain.state.log_history]
 
 

@@ -155,6 +155,10 @@ class Backend:
         """What this process holds of the weights: tensors that share their memory."""
         return list(weights)
 
+    def local_as(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """As `local`, of tensors that belong to these weights, cut as these are."""
+        return self.local(tensors)
+
     def holds_gradients(self, weights: Sequence[Tensor]) -> bool:
         """Whether micro-batches of the current update may have left gradients."""
         return any(w.grad is not None for w in weights)

@@ -101,6 +101,9 @@ class ShardedBackend(Backend):
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [w.to_local().detach() if isinstance(w, DTensor) else w for w in weights]
 
+    def local_as(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.local([_placed_as(w, t) for w, t in zip(weights, tensors, strict=True)])
+
     def local_gradients(self, weights: Sequence[Tensor]) -> list[Tensor]:
         # Tensor parallelism may leave a gradient whole where the weight is cut.
         return self.local([_placed_as(w, w.grad) for w in weights if w.grad is not None])

@@ -61,6 +61,7 @@ class FriendlySAM(Method):
         state: State,
     ) -> tuple[list[Tensor], Tensor]:
         slot = state.setdefault(_SLOT, {})
+        old = [i for i, name in enumerate(names) if name in slot]
         m = [slot.setdefault(n, torch.zeros_like(g)) for n, g in zip(names, grads, strict=True)]
         squared = dot(grads, grads)
         usable, one = is_usable(squared), torch.ones_like(squared)  # numbers alone are in float32
@@ -69,6 +70,6 @@ class FriendlySAM(Method):
         # m is 0 until it has started.
         d = list(torch._foreach_sub(grads, m, alpha=self.sigma))
         scale_(m, torch.where(usable, self.ema_decay, one))
-        scale_(grads, torch.where(started, 1 - self.ema_decay, one))
+        scale_([grads[i] for i in old], torch.where(started, 1 - self.ema_decay, one))
         torch._foreach_add_(m, grads)
         return d, torch.where(usable, dot(d, d), 0)

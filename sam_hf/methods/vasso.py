@@ -58,13 +58,14 @@ class VaSSO(Method):
         state: State,
     ) -> tuple[list[Tensor], Tensor]:
         slot = state.setdefault(_SLOT, {})
+        old = [i for i, name in enumerate(names) if name in slot]
         d = [slot.setdefault(n, torch.zeros_like(g)) for n, g in zip(names, grads, strict=True)]
         squared = dot(grads, grads)
         usable, one = is_usable(squared), torch.ones_like(squared)  # numbers alone are in float32
         started = mark_started(state, _STARTED, usable)
         blank_(grads, ~usable)
         scale_(d, torch.where(usable, torch.where(started, 1 - self.theta, 0 * one), one))
-        scale_(grads, torch.where(started, self.theta, one))
+        scale_([grads[i] for i in old], torch.where(started, self.theta, one))
         torch._foreach_add_(d, grads)
         return d, torch.where(usable, dot(d, d), 0)
 
