@@ -63,3 +63,14 @@ def blank_(tensors: Sequence[Tensor], where: Tensor) -> None:
         return
     for tensor in tensors:
         tensor.masked_fill_(where.to(tensor.device, non_blocking=True), 0)
+
+
+def replace_(tensors: Sequence[Tensor], others: Sequence[Tensor], where: Tensor) -> None:
+    """Write the others into all tensors where the flag `where` is set."""
+    if reading_is_free(where):
+        if where.item():
+            torch._foreach_copy_(list(tensors), list(others))
+        return
+    for tensor, other in zip(tensors, others, strict=True):  # as in `blank_`
+        flag = where.to(tensor.device, non_blocking=True)
+        tensor.copy_(torch.where(flag, other, tensor))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import Dot, State
+from .lists import replace_
 from .sam import SAM
 
 
@@ -66,6 +67,8 @@ class WSAM(SAM):
         dot: Dot,
         state: State,
     ) -> list[Tensor] | None:
+        # Nothing was perturbed by a gradient that is not finite: g_s is that of a plain step.
+        replace_(grads, descent_grads, ~torch.isfinite(dot(grads, grads)))
         if not self.decoupled:
             # g + c (g_s - g) = c g_s + (1 - c) g
             torch._foreach_mul_(descent_grads, self._weight)
