@@ -69,8 +69,11 @@ def expected_passes(config: SAMConfig, max_updates: int) -> float:
         return 1.0
     first, every = math.ceil(config.sam_start_ratio * max_updates), interval_of(config)
     count = len(range(0, max_updates, every)) - len(range(0, first, every))
-    if method.has_plain_updates() and first % every and first < max_updates:
-        count += 1  # the first one has nothing to reuse yet
+    if first < max_updates:
+        if method.has_plain_updates():
+            count += first % every > 0  # the first one has nothing to reuse yet
+        elif first % every == 0 and rho_at(config, first, max_updates, 1.0) == 0:
+            count -= 1  # the warm-up begins at 0
     return 1 + config.sam_ascent_fraction * count / max(max_updates, 1)
 
 

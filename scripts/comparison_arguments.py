@@ -101,7 +101,7 @@ class CifarArguments:
         default=None,
         metadata={
             "help": "Parquet file with labels that people gave (CIFAR-10N), a row for each "
-            "training image. They take the place of --label_noise."
+            "training image. Levels of noise beside those of --label_noise, if it is given."
         },
     )
     label_column: list[str] | None = field(
@@ -132,8 +132,6 @@ class Options(CifarArguments, ComparisonArguments):
                     raise ValueError(f"--task cifar10 needs --{name}, parquet files")
         if (self.labels_file is None) != (self.label_column is None):
             raise ValueError("--labels_file and --label_column go together: give both or none")
-        if self.labels_file is not None and self.label_noise is not None:
-            raise ValueError("--label_noise has no effect with --labels_file")
         if self.tune and (self.label_noise is not None or self.from_json):
             name = "from_json" if self.from_json else "label_noise"
             raise ValueError(f"--{name} does not go with --tune, which has its own noise level")

@@ -158,11 +158,10 @@ def _cifar10(options: Any) -> Task:
         )
     )
     kept = draw(len(data.train), options.max_train_samples)
-    if options.labels_file is None:
-        levels: dict[str, Any] = _noise_levels(options, (0.0, 0.4))
-    else:
-        human = _human_labels(options, data)
-        levels = {column: labels[kept] for column, labels in human.items()}
+    human = {} if options.labels_file is None else _human_labels(options, data)
+    levels: dict[str, Any] = {column: labels[kept] for column, labels in human.items()}
+    if not human or options.label_noise is not None:
+        levels = _noise_levels(options, (0.0, 0.4)) | levels
     data.train = data.train.take(kept)
     sizes = {"depth": options.depth, "width": options.width, "dropout": options.dropout}
     try:

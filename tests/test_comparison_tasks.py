@@ -62,6 +62,13 @@ def test_cifar_trains_a_wide_resnet_on_the_labels_that_people_gave(cifar):
     assert len(part) + len(scored) == 40
 
 
+def test_synthetic_and_human_labels_stand_beside_each_other_and_rho_is_tuned_on_human_ones(cifar):
+    both = build_task(Options(**cifar, label_noise=[0.2]))
+    assert list(both.levels) == ["0.2", "worse_label"]
+    assert list(build_task(Options(**cifar)).levels) == ["worse_label"]
+    assert list(build_task(Options(**cifar, tune=True)).levels) == ["worse_label"]
+
+
 def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
     cifar["labels_file"] = cifar["labels_file"].replace("human", "disordered")
     with pytest.raises(InputError, match="the rows are in another order"):
@@ -74,7 +81,6 @@ def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"label_noise": [0.4]}, "--label_noise has no effect with --labels_file"),
         ({"label_column": None}, "go together"),
         ({"label_column": ["worst"]}, "no column 'worst'"),
         ({"depth": 12}, "--depth=12 is not allowed"),

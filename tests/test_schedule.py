@@ -134,6 +134,10 @@ COSTS = [
     {"sam_method": "esam", "sam_start_ratio": 0.5},
     {"sam_method": "wsam", "sam_interval": 2},
     {"sam_method": "sam", "sam_rho": 0.0},
+    {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5},
+    {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5, "sam_interval": 3},
+    {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5, "sam_start_ratio": 0.35},
+    {"sam_method": "looksam", "sam_k": 3, "sam_rho_warmup_ratio": 0.5},
 ]
 
 
