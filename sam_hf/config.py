@@ -230,6 +230,12 @@ class SAMConfig(OptionChecks):
     def build_method(self) -> Method:
         """The method that `sam_method` names, with its options filled in."""
         method = METHODS[self.sam_method]
+        for f in fields(method):
+            if not hasattr(self, f"sam_{f.name}"):
+                raise TypeError(
+                    f"{method.__name__} has the option {f.name!r}, and {type(self).__name__} no "
+                    f"field sam_{f.name}: every option of a method is a field of SAMConfig"
+                )
         options = {f.name: getattr(self, f"sam_{f.name}") for f in fields(method)}
         return method(**{name: value for name, value in options.items() if value is not None})
 
@@ -297,6 +303,9 @@ class SAMConfig(OptionChecks):
     def _warn_of_unused_options(self) -> None:
         """An option that was set while another one lets it do nothing: say so."""
         because = dict.fromkeys(self.options_of_other_methods(), f"sam_method={self.sam_method!r}")
+        if METHODS[self.sam_method].has_one_pass():
+            why = f"sam_method={self.sam_method!r}, which has no second pass"
+            because |= dict.fromkeys(("sam_replay_rng", "sam_freeze_norm_stats"), why)
         if self.sam_trigger == "always":
             names = ("sam_trigger_start", "sam_trigger_end")
             because |= dict.fromkeys(names, f"sam_trigger={self.sam_trigger!r}")
@@ -307,6 +316,8 @@ class SAMConfig(OptionChecks):
             because["sam_rho_warmup_ratio"] = (
                 f"{schedule}, which warms up as the learning rate does"
             )
+        if self.sam_start_ratio == 1:
+            warnings.warn("sam_start_ratio=1.0 leaves no update to perturb.", stacklevel=2)
         defaults = {f.name: f.default for f in fields(SAMConfig)}
         for name, reason in because.items():
             if getattr(self, name) != defaults[name]:

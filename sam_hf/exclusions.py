@@ -24,7 +24,7 @@ def check_exclusions(config: Any) -> None:
         if keeps_gradient:
             refuse("sam_scope", f"'batch' with {name}, which needs the whole gradient g")
         if method.has_one_pass():
-            refuse("sam_scope", f"'batch' with {name}, which has one e for an update")
+            refuse("sam_scope", f"'batch' with {name}, which works once in an update")
         if config.sam_trigger != "always":
             refuse("sam_scope", "'batch' with sam_trigger, which decides for an update")
     if config.sam_trigger != "always" and (method.has_one_pass() or has_own_rule):

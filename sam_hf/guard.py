@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from .schedule import describe_cost
+from .schedule import describe_cost, learning_rate_share
 
 
 class RunGuard(TrainerCallback):
@@ -27,8 +27,12 @@ class RunGuard(TrainerCallback):
         trainer._sam_run = trainer._sam_new_run() if trainer.sam_config.sam_rho > 0 else None
         self._first_update = state.global_step
         if trainer._sam_run is not None and state.is_world_process_zero:
+            rate = learning_rate_share(trainer.optimizer) if state.global_step == 0 else 1.0
+            line = describe_cost(
+                trainer.sam_config, state.max_steps, trainer._sam_run.ascent.share, rate
+            )
             # Beside a bar, and where that is: what is printed may be read by a program.
-            tqdm.write(describe_cost(trainer.sam_config, state.max_steps), file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         run = self._trainer._sam_run

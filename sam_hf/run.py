@@ -36,6 +36,7 @@ class Run:
         model: nn.Module = trainer.model  # not wrapped: its parameters have their own names
         reshard(model)
         self.method = config.build_method()
+        self._seed: int = trainer.args.seed
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)
         self.backend = backend_for(trainer, list(self.perturbed.values()))
@@ -150,7 +151,7 @@ class Run:
 
     def chosen(self, update: int) -> dict[str, nn.Parameter]:
         """The parameters that the method perturbs in this update, frozen ones included."""
-        names = self.method.choose(list(self.perturbed), update)
+        names = self.method.choose(list(self.perturbed), update, self._seed)
         return {name: self.perturbed[name] for name in names}
 
     def taken_alone(self, update: int) -> list[Tensor]:

@@ -60,17 +60,28 @@ class AscentPart:
     """Which examples have an ascent pass.
 
     Of each micro-batch a part, where `compute_loss` is the Trainer's own or the trainer says by
-    `sam_select_examples` how to take one. Else the first micro-batches of an update.
+    `sam_select_examples` how to take one. Else the first micro-batches of an update; and also where
+    micro-batches are too small: a quarter of one example is that example.
 
     The part is drawn at random, so that the loss of the ascent is an unbiased reading of the loss
     at w whatever the order of the examples; from a generator of its own, so that dropout and the
     like draw what they would; and from the number of the micro-batch, so that a resumed run draws
     it again. All processes draw the same rows (those of tensor parallelism share them).
+
+    Attributes:
+        share: the part that is taken, of micro-batches of the size that the trainer asks for.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._fraction: float = trainer.sam_config.sam_ascent_fraction
-        self._cuts = cuts_examples(trainer)
+        batch_size: int = trainer._train_batch_size
+        of_rows = _share(self._fraction, batch_size)
+        of_micro_batches = _share(self._fraction, trainer.args.gradient_accumulation_steps)
+        is_too_small = self._fraction * batch_size < 1 and of_micro_batches < of_rows
+        self._cuts = cuts_examples(trainer) and not (
+            is_too_small and why_all_have_an_ascent(trainer) is None
+        )
+        self.share = of_rows if self._cuts else of_micro_batches
         self._generator = torch.Generator()
 
     @property
@@ -116,6 +127,10 @@ def _part(fraction: float, count: int) -> int:
     return max(1, math.ceil(fraction * count - 1e-9))
 
 
+def _share(fraction: float, count: int) -> float:
+    return _part(fraction, count) / count
+
+
 def cuts_examples(trainer: Any) -> bool:
     """Whether micro-batches can be cut: who computes the loss must not look at whole ones."""
     kind = type(trainer)
@@ -131,21 +146,27 @@ def refuse_what_cannot_be_cut(trainer: Any) -> None:
     fraction, kind = trainer.sam_config.sam_ascent_fraction, type(trainer)
     if fraction == 1 or cuts_examples(trainer):
         return
+    if (why := why_all_have_an_ascent(trainer)) is not None:
+        raise ValueError(
+            f"sam_ascent_fraction={fraction} is not allowed with {kind.__name__}. Its compute_loss "
+            "may need whole micro-batches, so that a part of the micro-batches of an update would "
+            f"be taken, but {why}; or override sam_select_examples, or set "
+            "sam_ascent_fraction=1.0."
+        )
+
+
+def why_all_have_an_ascent(trainer: Any) -> str | None:
+    """Why no micro-batch of an update can be left out of the ascent, and what to do; else None."""
+    kind = type(trainer)
     if trainer.args.gradient_accumulation_steps == 1:
-        why = "an update has one micro-batch: accumulate several"
-    elif trainer.sam_config.sam_scope == "micro_batch":
-        why = "each has an e of its own: set sam_scope='batch'"
-    elif trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", 0):
-        why = "shards of gradients are reduced in each of them: use DDP"
-    elif _defined_behind(kind, "training_step") or _defined_behind(kind, "_prepare_inputs"):
-        why = "its own training_step or _prepare_inputs would be passed by"
-    else:
-        return
-    raise ValueError(
-        f"sam_ascent_fraction={fraction} is not allowed with {kind.__name__}. Its compute_loss may "
-        "need whole micro-batches, so that a part of the micro-batches of an update would be "
-        f"taken, but {why}; or override sam_select_examples, or set sam_ascent_fraction=1.0."
-    )
+        return "an update has one micro-batch: accumulate several"
+    if trainer.sam_config.sam_scope == "micro_batch":
+        return "each has an e of its own: set sam_scope='batch'"
+    if trainer.is_fsdp_enabled or getattr(trainer, "is_distributed_loading_by_transformers", 0):
+        return "shards of gradients are reduced in each of them: use DDP"
+    if _defined_behind(kind, "training_step") or _defined_behind(kind, "_prepare_inputs"):
+        return "its own training_step or _prepare_inputs would be passed by"
+    return None
 
 
 def _defined_behind(kind: type, name: str) -> bool:

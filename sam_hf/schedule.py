@@ -42,11 +42,16 @@ def rho_at(config: SAMConfig, update: int, max_updates: int, learning_rate_share
 
 
 def learning_rate_share(optimizer: Any) -> float:
-    """lr_t / lr_max, with the learning rate that the schedule multiplies for lr_max."""
-    groups = optimizer.param_groups if optimizer is not None else []
-    if not groups or not groups[0].get("initial_lr"):
-        return 1.0
-    return float(groups[0]["lr"]) / float(groups[0]["initial_lr"])
+    """lr_t / lr_max, the largest of the groups'.
+
+    lr_max is what the schedule multiplies; with one that multiplies nothing, such as
+    ReduceLROnPlateau, the learning rate that the optimizer was made with.
+    """
+    shares = []
+    for group in optimizer.param_groups if optimizer is not None else []:
+        if highest := group.get("initial_lr", optimizer.defaults.get("lr")):
+            shares.append(float(group["lr"]) / float(highest))
+    return max(shares, default=1.0)
 
 
 def _cosine(done: float) -> float:
@@ -59,10 +64,17 @@ def interval_of(config: SAMConfig) -> int:
     return config.sam_k if config.build_method().has_plain_updates() else config.sam_interval
 
 
-def expected_passes(config: SAMConfig, max_updates: int) -> float:
+def expected_passes(
+    config: SAMConfig, max_updates: int, share: float | None = None, first_rate: float = 1.0
+) -> float:
     """Forward-backward passes over the data an update, as a mean over the run; plain: 1.
 
     With a trigger it is the most that the run can cost.
+
+    Args:
+        share: the part of the examples that the ascent takes, rounded to whole ones;
+            `sam_ascent_fraction` if None.
+        first_rate: lr / lr_max in the first update.
     """
     method = config.build_method()
     if config.sam_rho == 0 or method.has_one_pass():
@@ -72,19 +84,31 @@ def expected_passes(config: SAMConfig, max_updates: int) -> float:
     if first < max_updates:
         if method.has_plain_updates():
             count += first % every > 0  # the first one has nothing to reuse yet
-        elif first % every == 0 and rho_at(config, first, max_updates, 1.0) == 0:
-            count -= 1  # the warm-up begins at 0
-    return 1 + config.sam_ascent_fraction * count / max(max_updates, 1)
+        elif (
+            first % every == 0
+            and rho_at(config, first, max_updates, first_rate if first == 0 else 1.0) == 0
+        ):
+            count -= 1  # a warm-up begins at 0
+    share = config.sam_ascent_fraction if share is None else share
+    return 1 + share * count / max(max_updates, 1)
 
 
-def describe_cost(config: SAMConfig, max_updates: int) -> str:
+def describe_cost(
+    config: SAMConfig, max_updates: int, share: float | None = None, first_rate: float = 1.0
+) -> str:
     """One line: what the run will cost in units of plain steps."""
-    passes = expected_passes(config, max_updates)
+    passes = expected_passes(config, max_updates, share, first_rate)
     at_most = "at most " if config.sam_trigger != "always" else ""
-    return (
+    line = (
         f"sam_hf: {config.sam_method}, rho {config.sam_rho:g}, {max_updates} updates of {at_most}"
         f"{passes:.4g} forward-backward passes each on average (a plain step: 1)"
     )
+    if share is not None and share > 1.01 * config.sam_ascent_fraction:
+        line += (
+            f"; sam_ascent_fraction={config.sam_ascent_fraction:g} takes {share:.3g}, since whole "
+            "examples or micro-batches are taken"
+        )
+    return line
 
 
 class GradientNormTrigger:
@@ -97,7 +121,8 @@ class GradientNormTrigger:
 
     Source: Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
     ICLR 2023, https://arxiv.org/abs/2304.14647: c_start = λ₂ = 1, c_end = λ₁ = -1. Both averages
-    begin at 0, so that the first update is perturbed.
+    begin at 0, so that the first update is perturbed. g is that of the weights that `sam_params`
+    selects; the paper's is that of all.
 
     The answer decides whether a second pass is run, so that it must be read: this waits for the
     device once in each update that asks.

@@ -186,11 +186,11 @@ class SAMTrainerMixin(UpdateMixin, PublishingMixin):
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
-    """`transformers.Trainer` with sharpness-aware updates (SAM, ASAM)."""
+    """`transformers.Trainer` with sharpness-aware updates (`sam_method`)."""
 
 
 class SAMSeq2SeqTrainer(SAMTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` with sharpness-aware updates (SAM, ASAM)."""
+    """`transformers.Seq2SeqTrainer` with sharpness-aware updates (`sam_method`)."""
 
 
 _SUBCLASSES: dict[type[Trainer], type[Trainer]] = {

@@ -87,7 +87,7 @@ class Applied:
         """Which parameters an update perturbs."""
         if self.takes_all:
             return [True] * len(self.names)
-        kept = set(self.method.choose(self.names, number))
+        kept = set(self.method.choose(self.names, number, 0))
         return [name in kept for name in self.names]
 
     def __call__(self, inputs: Inputs) -> Outcome:

@@ -84,6 +84,11 @@ def test_an_option_of_another_method_warns_that_it_has_no_effect():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sam_start_ratio": 1.0}, "sam_start_ratio=1.0 leaves no update"),
+        (
+            {"sam_method": "msam", "sam_replay_rng": False},
+            "sam_replay_rng=False has no effect with sam_method='msam'",
+        ),
         ({"sam_trigger_start": 2.0}, "sam_trigger_start=2.0 has no effect with sam_trigger="),
         ({"sam_trigger_end": -2.0}, "sam_trigger_end=-2.0 has no effect with sam_trigger="),
         ({"sam_rho_min": 0.01}, "sam_rho_min=0.01 has no effect with sam_rho_schedule="),

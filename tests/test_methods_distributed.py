@@ -120,7 +120,7 @@ def by_the_paper(name: str, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "sam_ascent_fraction" in sam:
             options["ascent"] = part(model, of, batches[update], seen, update)
         if sam["sam_method"] == "esam":
-            draw = random.Random(update).random
+            draw = random.Random(f"42 {update}").random
             options["selected"] = [n for n in names if draw() < sam["sam_beta"]] or names[:1]
         twin.update(shares, is_plain=is_plain, **options)
         updates.append(dict(zip(names, twin.w, strict=True)))

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from layouts import DISTRIBUTED
 from method_twins import METHODS, RHO, Passes, TwinRun, trained
 from reference_gsam import gsam_rho
@@ -15,7 +16,7 @@ from transformers import Trainer
 from twin_runs import means
 
 from sam_hf import SAMConfig, SAMTrainer, with_sam
-from sam_hf.schedule import describe_cost, expected_passes, rho_at
+from sam_hf.schedule import describe_cost, expected_passes, learning_rate_share, rho_at
 
 sys.path.insert(0, str(DISTRIBUTED))
 
@@ -252,3 +253,51 @@ def test_an_ascent_that_leaves_out_gradients_of_weights_costs_so_much_less(scope
     ascent = 6 * model.num_parameters() * numbers(passes) - full
     assert ascent == full * fraction
     assert total == pytest.approx(full + (4 + 2 * share) / 6 * ascent, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "steps", "share"),
+    [(1, 4, 0.25), (2, 4, 0.25), (3, 1, 1 / 3), (1, 1, 1.0), (8, 2, 0.25)],
+)
+def test_small_micro_batches_are_left_out_whole_and_the_line_says_what_is_taken(
+    size, steps, share, capfd
+):
+    sam = {"sam_method": "sam", "sam_ascent_fraction": 0.25}
+    _, _, passes = trained(
+        Classifier(),
+        examples(size * steps * 4),
+        sam,
+        gradient_accumulation_steps=steps,
+        per_device_train_batch_size=size,
+        max_steps=4,
+    )
+    made = [sum(len(x) for x in update) / (size * steps) for update in passes.inputs]
+    assert made == pytest.approx([1 + share] * 4)
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if "forward-backward" in x]
+    assert f"of {1 + share:.4g} forward" in line
+    assert ("sam_ascent_fraction=0.25 takes" in line) == (share > 0.25)
+
+
+def test_a_learning_rate_that_warms_up_from_0_leaves_the_first_update_plain(capfd):
+    sam = {"sam_method": "sam", "sam_rho_schedule": "learning_rate"}
+    _, _, passes = trained(
+        Classifier(), examples(64), sam, max_steps=8, warmup_steps=4, lr_scheduler_type="linear"
+    )
+    made = [sum(len(x) for x in update) / 4 for update in passes.inputs]
+    assert made[0] == 1 and made[1:] == [2] * 7
+    assert "of 1.875 forward-backward passes" in capfd.readouterr().err
+
+
+def test_the_share_of_the_learning_rate_is_that_of_a_group_that_learns():
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": weights[:1], "lr": 0.0}, {"params": weights[1:]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    assert learning_rate_share(optimizer) == 1.0
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for _ in range(3):
+        plateau.step(1.0)
+    assert learning_rate_share(optimizer) == 0.25
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedule.step()
+    assert learning_rate_share(optimizer) == 0.5

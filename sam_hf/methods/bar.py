@@ -38,7 +38,7 @@ class BAR(Method):
     Settings: ``sam_rho`` 0.2 to 2 with ``sam_rho_schedule`` linear or cosine (RoBERTa: 0.5 to 2,
     GPT-2: 0.1 to 0.3), AdamW without weight decay.
 
-    For models with LoRA adapters of PEFT, in one process or DDP. The scopes do not differ.
+    For models with LoRA adapters of PEFT, in one process or DDP. Scope `batch` only.
     """
 
     citation: ClassVar[str] = """\

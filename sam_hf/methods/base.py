@@ -67,8 +67,14 @@ class Method:
         """Whether the update number ``update`` (from 0) has a descent pass; else it is `reuse`."""
         return True
 
-    def choose(self, names: Sequence[str], update: int) -> Sequence[str]:
-        """The parameters that are perturbed in this update, the same on every process."""
+    def choose(self, names: Sequence[str], update: int, seed: int) -> Sequence[str]:
+        """The parameters that are perturbed in this update, the same on every process.
+
+        Args:
+            names: those that may be.
+            update: its number, from 0.
+            seed: that of the run.
+        """
         return names
 
     def direction(

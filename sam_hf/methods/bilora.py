@@ -38,7 +38,7 @@ class BiLoRA(Method):
     Settings: ``sam_rho`` 0.05 to 0.1, ``sam_rank`` 8.
 
     For models with LoRA adapters of PEFT on linear layers, in one process or DDP. The logged loss
-    is that at W + ε, the only one that is computed. The scopes do not differ.
+    is that at W + ε, the only one that is computed. Scope `batch`: an update has one direction.
     """
 
     citation: ClassVar[str] = """\

@@ -51,8 +51,8 @@ class ESAM(SAM):
 
     beta: float = 0.6
 
-    def choose(self, names: Sequence[str], update: int) -> Sequence[str]:
-        draw = random.Random(update).random
+    def choose(self, names: Sequence[str], update: int, seed: int) -> Sequence[str]:
+        draw = random.Random(f"{seed} {update}").random
         chosen = [name for name in names if draw() < self.beta]
         return chosen or list(names[:1])
 

@@ -29,7 +29,8 @@ class FriendlySAM(Method):
     Paper: Li, Zhou, He, Cheng, Huang, "Friendly Sharpness-Aware Minimization", CVPR 2024,
     https://arxiv.org/abs/2403.12350, algorithm 1.
 
-    Cost: two passes an update; a copy of the perturbed weights and m.
+    Cost: two passes an update; a copy of the perturbed weights and m. In updates that are not
+    perturbed (``sam_interval``, ``sam_start_ratio``) m stands still.
 
     Settings: ``sam_sigma`` 1, ``sam_ema_decay`` (λ) 0.9 (the authors' scripts: 0.6), ``sam_rho``
     0.1 to 0.2 where SAM has 0.1 to 0.2.

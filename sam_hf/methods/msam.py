@@ -32,8 +32,8 @@ class MSAM(Method):
     ``sam_rho_warmup_ratio``.
 
     The logged loss is that at w + ε, the only one that is computed; there is no ``sam_sharpness``.
-    The scopes do not differ. Not under DeepSpeed, which shards the momentum out of sight, and not
-    with optimizers that keep none, or one in 8 bits.
+    Scope `batch` only. Not under DeepSpeed, which shards the momentum out of sight, and not with
+    optimizers that keep none, or one in 8 bits.
     """
 
     citation: ClassVar[str] = """\

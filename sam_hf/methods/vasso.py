@@ -27,7 +27,8 @@ class VaSSO(Method):
     Paper: Li, Giannakis, "Enhancing Sharpness-Aware Optimization Through Variance Suppression",
     NeurIPS 2023, https://arxiv.org/abs/2309.15639, algorithm 1.
 
-    Cost: two passes an update; a copy of the perturbed weights and d.
+    Cost: two passes an update; a copy of the perturbed weights and d. In updates that are not
+    perturbed (``sam_interval``, ``sam_start_ratio``) d stands still.
 
     Settings: ``sam_theta`` 0.9 (the paper also tries 0.2 and 0.4), ``sam_rho`` as for SAM.
 

@@ -32,7 +32,8 @@ class WSAM(SAM):
     Sharpness as a Regularization Term", KDD 2023, https://arxiv.org/abs/2305.15817, algorithms 2
     and 3.
 
-    Cost: two passes an update; a copy of the perturbed weights, and g beside g_s.
+    Cost: two passes an update; a copy of the perturbed weights, and g beside g_s. Decoupled,
+    g_s - g takes the place of that copy until the optimizer has stepped.
 
     Settings: ``sam_gamma`` 0.9 (the sharpness counts nine times the loss: smaller values are
     safer with large ρ), ``sam_rho`` 0.05, ``sam_decoupled`` true as in the paper. Under a
@@ -76,7 +77,8 @@ class WSAM(SAM):
             return None
         differences = torch._foreach_sub(descent_grads, grads)
         # 0 · inf is NaN: the scaler of fp16 must see a g_s that overflows, and skip the step.
-        torch._foreach_copy_(descent_grads, torch._foreach_add(grads, differences, alpha=0))
+        torch._foreach_add_(grads, differences, alpha=0)
+        torch._foreach_copy_(descent_grads, grads)
         return list(differences)
 
     def after_step(
