@@ -41,7 +41,7 @@ def describe(path: Path, config: SAMConfig, trainer: Trainer) -> None:
         trainer: it knows the layout, the metrics and the readings.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else f"# {repository_name(trainer)}\n"
-    section = f"{_BEGIN}\n{_section(config, trainer)}\n{_END}\n"
+    section = f"{_BEGIN}\n{_section(path, config, trainer)}\n{_END}\n"
     if _FOUND.search(text):
         text = _FOUND.sub(lambda _: section, text)
     else:
@@ -67,7 +67,7 @@ def _write(path: Path, text: str, tags: list[str]) -> None:
         metadata_save(card, data | {"tags": [*kept, *tags]})
 
 
-def _section(config: SAMConfig, trainer: Trainer) -> str:
+def _section(path: Path, config: SAMConfig, trainer: Trainer) -> str:
     method = METHODS[config.sam_method]
     ignored = config.options_of_other_methods()
     settings = [(f"`{k}`", f"`{v}`") for k, v in config.to_sam_dict().items() if k not in ignored]
@@ -97,6 +97,9 @@ def _section(config: SAMConfig, trainer: Trainer) -> str:
             "The last readings of SAM:",
             _table(("reading", "value", "step", "meaning"), readings),
         ]
+    for callback in trainer.callback_handler.callbacks:
+        if more := getattr(callback, "model_card_section", lambda folder: None)(path.parent):
+            parts.append(more)
     parts += [
         "To train on with the same settings:",
         "```python\n"

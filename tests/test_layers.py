@@ -40,6 +40,8 @@ ORDER = [
     "guard",
     "update",
     "trainer",
+    "diagnostics",
+    "cli",
 ]
 
 

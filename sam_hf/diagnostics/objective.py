@@ -1,0 +1,279 @@
+"""The loss over fixed examples as a function of the weights: value, gradient, Hessian products."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..backends.processes import is_distributed, sum_over_processes_, unwrap
+from ..params import select_parameters
+from ..perturbation import HALF, Perturbation
+from ..replay import RandomState
+from .batches import add_to_hash, batch_size, loss_of_model, to_device
+from .vectors import norm
+
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""``loss(model, batch)``: the mean over the examples of the batch, a scalar."""
+
+PRODUCTS = ("auto", "exact", "differences")
+
+
+class Objective:
+    r"""The mean loss :math:`L(w)` of a model over fixed examples.
+
+    All measures of this package take one. While it computes, the model is in evaluation mode (no
+    dropout, running statistics fixed), without autocast, and afterwards everything is as it was:
+    the weights bit for bit, `.grad`, the mode of each module, the random state.
+
+    Under DDP every process gives its own batches and must make the same calls: values and gradients
+    are those over the examples of all processes.
+
+    Args:
+        model: in fp32 or float64. DDP is unwrapped; sharded weights are refused.
+        batches: mappings of tensors, or whatever `loss` understands. They are gone through once,
+            and kept where they are; each moves to the model's device when it is needed.
+        loss: ``loss(model, batch)``, the mean over the batch. If None, the first output of
+            ``model(**batch)``, which for models of transformers is the loss if there are labels.
+        params: which weights the loss is a function of: "all", "norms", "matrices", or a regular
+            expression on parameter names. Frozen ones do not count.
+        products: how Hessian-vector products are made: "exact", by a backward pass through the
+            backward pass; "differences", central differences of gradients; "auto" tries the first
+            and falls back to the second, with a warning, where a kernel has no second derivative:
+            it fails, or its first product is far from that of the differences.
+
+    Raises:
+        ValueError: weights are sharded or in half precision, there is no batch, no parameter is
+            selected, or an argument is none of those allowed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        loss: Loss | None = None,
+        params: str = "all",
+        products: str = "auto",
+    ) -> None:
+        if products not in PRODUCTS:
+            raise ValueError(f"products={products!r} is not allowed. Allowed: {PRODUCTS}.")
+        self.model = unwrap(model)
+        named = select_parameters(self.model, params)
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        self.params = params
+        self.names = list(trainable)
+        self.weights = list(trainable.values())
+        narrow = sorted({str(w.dtype) for w in self.weights if w.dtype in HALF})
+        if narrow:
+            raise ValueError(
+                f"{type(self.model).__name__} has weights in {', '.join(narrow)}, whose rounding "
+                "is coarser than what is measured. Allowed: float32 and float64. Load the model "
+                "with dtype=torch.float32"
+            )
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches is empty: at least one batch is needed")
+        self.products = products
+        self._loss = loss or loss_of_model
+        self._device = self.weights[0].device
+        self.is_shared = is_distributed()
+        self.batch_sizes = [batch_size(batch) for batch in self.batches]
+        if not all(self.batch_sizes):
+            raise ValueError(
+                f"batch number {self.batch_sizes.index(0)} has no examples: the first dimension of "
+                "its first tensor counts them"
+            )
+        total = torch.tensor(float(sum(self.batch_sizes)), dtype=torch.float64, device=self._device)
+        sum_over_processes_([total])
+        self.example_count = int(total.item())
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(w.numel() for w in self.weights)
+
+    # ------------------------------------------------------------------------- values, gradients
+
+    def value(self) -> float:
+        """L(w)."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        with self._measuring(), torch.no_grad():
+            for share, batch in self._shares():
+                total += share * self._loss(self.model, batch).double()
+        sum_over_processes_([total])
+        return float(total.item())
+
+    def gradient(self) -> list[Tensor]:
+        """∇L(w): one tensor for each of `names`, zeros where the loss does not depend on it."""
+        with self._measuring():
+            grads = self._local_gradient()
+        sum_over_processes_(grads)
+        return grads
+
+    def batch_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
+        """The size of each batch of this process, and the gradient of the mean loss over it."""
+        for size, batch in zip(self.batch_sizes, self.batches, strict=True):
+            with self._measuring():
+                loss = self._loss(self.model, self._there(batch))
+                grads = self._derivative(loss, self.weights)
+            yield size, grads
+
+    def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        """∇²L(w) v, for v with one tensor for each of `names`.
+
+        Central differences move the weights by ±ε v with ε = u^(1/3) (1 + |w|) / |v|, u the
+        spacing of the floating-point numbers at 1 (Nocedal and Wright, Numerical Optimization,
+        2nd ed., section 8.1).
+        """
+        if self.products == "differences":
+            return self._difference_product(vector)
+        if self.products == "exact":
+            return self._exact_product(vector)
+        try:
+            product = self._exact_product(vector)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            why = str(error).splitlines()[0]
+        else:
+            other = self._difference_product(vector)
+            if self._is_near(product, other, vector):
+                self.products = "exact"
+                return product
+            # A kernel that computes its gradient in the forward pass loses the rest without a word.
+            why = "they are far from the differences, so that a part of the graph is missing"
+        warnings.warn(
+            f"Hessian products are central differences of gradients. Exact ones failed: {why}",
+            stacklevel=2,
+        )
+        self.products = "differences"
+        return self._difference_product(vector)
+
+    def _is_near(
+        self, exact: Sequence[Tensor], differences: Sequence[Tensor], vector: Sequence[Tensor]
+    ) -> bool:
+        """Whether both are of one size and direction, or so small that rounding is all there is.
+
+        Not nearer than that: where ReLUs switch, a difference sees curvature that has no
+        derivative.
+        """
+        distance = norm(torch._foreach_sub(list(exact), list(differences)))
+        unit = torch.finfo(self.weights[0].dtype).eps
+        of_gradient = norm(self.gradient()) * norm(vector) / (1 + norm(self.weights))
+        rounding = 100 * unit ** (2 / 3) * of_gradient
+        return bool(distance <= max(0.5 * norm(exact), 0.5 * norm(differences), rounding))
+
+    def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        total = [torch.zeros_like(w) for w in self.weights]
+        # The math kernel alone can be differentiated twice.
+        with self._measuring(), sdpa_kernel(SDPBackend.MATH):
+            for share, batch in self._shares():
+                loss = share * self._loss(self.model, batch)
+                grads = torch.autograd.grad(
+                    loss, self.weights, create_graph=True, materialize_grads=True
+                )
+                inner = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)])
+                torch._foreach_add_(total, self._derivative(inner.sum(), self.weights))
+        sum_over_processes_(total)
+        return total
+
+    def _difference_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
+        length = norm(vector)
+        if length == 0:
+            return [torch.zeros_like(v) for v in vector]
+        unit = torch.finfo(self.weights[0].dtype).eps
+        step = unit ** (1 / 3) * (1 + norm(self.weights)) / length
+        with self.moved(vector, step):
+            ahead = self.gradient()
+        with self.moved(vector, -step):
+            behind = self.gradient()
+        torch._foreach_sub_(ahead, behind)
+        torch._foreach_div_(ahead, 2 * step)
+        return ahead
+
+    # ------------------------------------------------------------------------------- moved weights
+
+    @contextmanager
+    def moved(self, direction: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
+        """w + scale · direction in the place of w, until the context is left."""
+        perturbation = Perturbation(self.weights)  # type: ignore[arg-type]
+        try:
+            size = torch.tensor(scale, dtype=torch.float64, device=self._device)
+            perturbation.apply(list(direction), size, keep_direction=True)
+            yield
+        finally:
+            perturbation.restore()
+
+    def random_vector(self, generator: torch.Generator) -> list[Tensor]:
+        """Standard normal numbers in the shapes of the weights; the same on every device."""
+        return [
+            torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
+            for w in self.weights
+        ]
+
+    def subset(self, positions: Sequence[int]) -> Objective:
+        """The loss over some of the batches."""
+        part = object.__new__(Objective)
+        part.__dict__.update(self.__dict__)
+        part.batches = [self.batches[i] for i in positions]
+        part.batch_sizes = [self.batch_sizes[i] for i in positions]
+        part.example_count = sum(part.batch_sizes)
+        return part
+
+    def fingerprint(self) -> str:
+        """A hash of the weights, the buffers and the batches of this process."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            add_to_hash(digest, tensor)
+        for batch in self.batches:
+            add_to_hash(digest, batch)
+        return digest.hexdigest()[:16]
+
+    # ------------------------------------------------------------------------------------- inside
+
+    def _shares(self) -> Iterator[tuple[float, Any]]:
+        for size, batch in zip(self.batch_sizes, self.batches, strict=True):
+            yield size / self.example_count, self._there(batch)
+
+    def _there(self, batch: Any) -> Any:
+        return to_device(batch, self._device)
+
+    def _local_gradient(self) -> list[Tensor]:
+        total = [torch.zeros_like(w) for w in self.weights]
+        for share, batch in self._shares():
+            loss = self._loss(self.model, batch)
+            torch._foreach_add_(total, self._derivative(loss, self.weights), alpha=share)
+        return total
+
+    @staticmethod
+    def _derivative(output: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        if not output.requires_grad:  # it depends on none of them
+            return [torch.zeros_like(w) for w in weights]
+        return list(torch.autograd.grad(output, weights, materialize_grads=True))
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.model.modules()]
+        random_state = RandomState({self._device} - {torch.device("cpu")})
+        # Accelerate shadows `forward` with one that opens autocast.
+        own = self.model.__dict__
+        shadow = own.get("forward") if "_original_forward" in own else None
+        try:
+            if shadow is not None:
+                own["forward"] = own["_original_forward"]
+            self.model.eval()
+            with torch.autocast(self._device.type, enabled=False), torch.enable_grad():
+                yield
+        finally:
+            if shadow is not None:
+                own["forward"] = shadow
+            for module, was_training in modes:
+                module.training = was_training
+            random_state.restore()

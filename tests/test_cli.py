@@ -1,0 +1,281 @@
+"""`sam-hf`: on the digits, files and folders; with wrong names; stopped and started again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from sam_hf import cli
+from sam_hf.diagnostics import Objective, read_landscape, worst_sharpness
+from sam_hf.diagnostics.loading import DataOptions, load_batches, load_model
+
+QUICK = ["--examples", "24", "--batch_size", "8"]
+FEW = [*QUICK, "--steps", "2", "--samples", "2", "--iterations", "3", "--trace_samples", "2"]
+
+
+def save_vit(folder, seed=0, hidden=16):
+    torch.manual_seed(seed)
+    names = {i: str(i) for i in range(10)}
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return str(folder)
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the"]
+
+
+def save_bert(folder, kind=BertForSequenceClassification):
+    torch.manual_seed(0)
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = BertConfig(
+        **sizes, num_attention_heads=2, vocab_size=len(WORDS), label2id={"neg": 0, "pos": 1},
+        id2label={0: "neg", 1: "pos"},
+    )  # fmt: skip
+    kind(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return save_vit(tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+TEXTS = {"sentence": ["good film", "a bad film", "the good", "bad"] * 4, "label": [1, 0, 1, 0] * 4}
+
+
+def test_the_sharpness_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert cli.main(["sharpness", vit, *FEW, "--rho", "0.1", "--output_dir", str(folder)]) == 0
+    result = json.loads((folder / "sharpness.json").read_text())
+    model = load_model(vit)
+    batches = load_batches(DataOptions(examples=24, batch_size=8), model, vit)
+    from sam_hf.diagnostics import Ball
+
+    expected = worst_sharpness(Objective(model, batches), Ball(0.1), steps=2).value
+    assert result["measures"]["worst_sharpness"] == pytest.approx(expected, rel=1e-6)
+    assert result["examples"] == 24 and result["options"]["rho"] == 0.1
+    assert result["hessian_products"] == "exact"
+    printed = capsys.readouterr()
+    assert "worst_sharpness" in printed.out and "sharpness.json" in printed.out
+    assert "hessian_eigenvalue " in printed.out
+
+
+def test_two_models_lie_side_by_side_on_one_scale(vit, tmp_path, capsys):
+    other = save_vit(tmp_path / "other", seed=1)
+    folder = tmp_path / "out"
+    words = ["landscape", vit, other, *QUICK, "--points", "3", "--output_dir", str(folder)]
+    assert cli.main(words) == 0
+    names = {f.name for f in folder.iterdir()}
+    stem = "landscape_random_2d"
+    assert names == {f"{stem}.png", f"{stem}.svg", f"{stem}_1.parquet", f"{stem}_2.parquet"}
+    first, second = (read_landscape(folder / f"{stem}_{i}.parquet") for i in (1, 2))
+    assert (first.name, second.name) == ("vit", "other")
+    assert first.losses.shape == (3, 3) and first.is_complete
+    assert "saved in" in capsys.readouterr().out
+    svg = (folder / f"{stem}.svg").read_text()
+    assert "<!-- vit" in svg and "<!-- other" in svg and "loss (one scale)" in svg
+
+
+@pytest.mark.parametrize(
+    "options", [["--directions", "eigenvectors", "--dimensions", "1"], ["--directions", "between"]]
+)
+def test_lines_along_an_eigenvector_and_between_two_models(vit, tmp_path, options):
+    other = save_vit(tmp_path / "other", seed=1)
+    names = [vit, other] if "between" in options else [vit]
+    folder = tmp_path / "out"
+    words = ["landscape", *names, "digits", *QUICK, "--points", "3", "--output_dir", str(folder)]
+    assert cli.main([*words, *options]) == 0
+    (file,) = folder.glob("*.parquet")
+    found = read_landscape(file)
+    if "between" in options:
+        assert found.coordinates == [[-0.5, 0.5, 1.5]] and found.name == "vit to other"
+    else:
+        assert "eigenvector of λ" in found.labels[0]
+
+
+def test_a_landscape_that_was_stopped_goes_on(vit, tmp_path, monkeypatch, capsys):
+    from sam_hf.diagnostics import landscape
+
+    real, points = landscape._loss_at, []
+
+    def stopped(*args):
+        if len(points) == 4:
+            raise KeyboardInterrupt
+        points.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(landscape, "_loss_at", stopped)
+    words = ["landscape", vit, *QUICK, "--points", "3", "--output_dir", str(tmp_path)]
+    assert cli.main(words) == 130
+    assert "goes on where it was" in capsys.readouterr().err
+    points.clear()
+    monkeypatch.setattr(landscape, "_loss_at", lambda *args: points.append(args) or real(*args))
+    assert cli.main(words) == 0 and len(points) == 5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "folder", "dict"])
+def test_texts_from_files_and_folders(bert, tmp_path, kind):
+    data = Dataset.from_dict(TEXTS)
+    path = tmp_path / (kind if kind in ("folder", "dict") else f"data.{kind}")
+    if kind == "folder":
+        data.save_to_disk(path)
+    elif kind == "dict":
+        DatasetDict({"train": data, "test": data.select(range(4))}).save_to_disk(path)
+    else:
+        {"parquet": data.to_parquet, "csv": data.to_csv, "jsonl": data.to_json}[kind](path)
+    split = ["--split", "test"] if kind == "dict" else []
+    words = ["sharpness", bert, str(path), *FEW, *split, "--output_dir", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    result = json.loads((tmp_path / "out" / "sharpness.json").read_text())
+    assert result["examples"] == (4 if kind == "dict" else 16)
+
+
+def test_labels_by_name_and_in_another_order_are_those_of_the_model(bert, tmp_path):
+    model = load_model(bert)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    named = Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features)
+    named.save_to_disk(tmp_path / "named")
+    words = Dataset.from_dict({"text": ["good", "bad"], "label": ["pos", "neg"]})
+    words.to_parquet(tmp_path / "words.parquet")
+    for name in ("named", "words.parquet"):
+        options = DataOptions(str(tmp_path / name), text_columns=["text"])
+        (batch,) = load_batches(options, model, bert)
+        assert batch["labels"].tolist() == [1, 0]
+
+
+def test_a_folder_of_images_and_a_language_model(vit, tmp_path):
+    for label in "12":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.new("L", (8, 8), 100 * int(label)).save(tmp_path / "images" / label / "0.png")
+    model = load_model(vit)
+    (batch,) = load_batches(DataOptions(str(tmp_path / "images")), model, vit)
+    assert batch["labels"].tolist() == [1, 2]  # by name: those of the folder are 0 and 1
+    folder = tmp_path / "gpt"
+    save_bert(folder, kind=BertForMaskedLM)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS))).save_pretrained(folder)
+    Dataset.from_dict(TEXTS).to_parquet(tmp_path / "texts.parquet")
+    options = DataOptions(str(tmp_path / "texts.parquet"), examples=5)
+    (batch,) = load_batches(options, load_model(str(folder)), str(folder))
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_a_plugin_registers_a_model_of_ones_own(tmp_path, vit):
+    (tmp_path / "own_model.py").write_text(
+        "from transformers import AutoConfig, AutoModelForImageClassification\n"
+        "from transformers import ViTConfig, ViTForImageClassification\n"
+        "class OwnConfig(ViTConfig):\n    model_type = 'own_vit'\n"
+        "class OwnForImageClassification(ViTForImageClassification):\n"
+        "    config_class = OwnConfig\n"
+        "AutoConfig.register('own_vit', OwnConfig)\n"
+        "AutoModelForImageClassification.register(OwnConfig, OwnForImageClassification)\n"
+    )
+    folder = tmp_path / "own"
+    shutil.copytree(vit, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_vit", "architectures": ["OwnForImageClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = ["sharpness", str(folder), *FEW, "--output_dir", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert cli.main([*words, "--plugin", str(tmp_path / "own_model.py")]) == 0
+
+
+def wrong(vit, bert, tmp_path):
+    Dataset.from_dict({"a": ["x"], "b": ["y"], "n": [7], "k": [1]}).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    x = str(tmp_path / "x.parquet")
+    other = save_vit(tmp_path / "wide", hidden=32)
+    masked = save_bert(tmp_path / "masked", kind=BertForMaskedLM)
+    return [
+        (["sharpness", str(tmp_path)], "has no config.json"),
+        (["sharpness", "no/such-model"], "no model 'no/such-model'"),
+        (["sharpness", masked], "is a BertForMaskedLM, whose loss is not known here"),
+        (["sharpness", vit, "no/such.parquet"], "no data 'no/such.parquet'"),
+        (["sharpness", vit, vit + "/config.txt"], "no data"),
+        (["sharpness", vit, "--rho", "-1"], "rho=-1.0 is not allowed"),
+        (["sharpness", vit, "--examples", "0"], "'0' is not allowed: a whole number from 1 up"),
+        (["sharpness", vit, "--exmples", "4"], "Did you mean --examples?"),
+        (["sharpness", vit, "--params", "nose", *FEW], "selects no trainable parameter"),
+        (["sharpness", vit, *FEW, "--m", "12"], "m=12 is not allowed: it is no multiple of the 8"),
+        (["sharpness", vit, *FEW, "--device", "cuda:9"], "--device cuda:9"),
+        (["sharpness", vit, "--plugin", "no_such_module"], "--plugin no_such_module"),
+        (["sharpness", bert, x], "which column holds the labels? There are a, b, n, k"),
+        (["sharpness", bert, x, "--label_column", "z"], "--label_column 'z': there are a, b, n, k"),
+        (["sharpness", bert, x, "--label_column", "n"], "the label 7 is none of the model's"),
+        (["sharpness", bert, x, "--text_column", "z", "--label_column", "k"], "--text_column 'z'"),
+        (["sharpness", vit, x, "--label_column", "k"], "which column holds the images"),
+        (["landscape", vit, vit, "digits", "more"], "three names at most"),
+        (["landscape", vit, "--directions", "between"], "needs two models, got 1"),
+        (["landscape", vit, other, *QUICK, "--directions", "between"], "they differ in"),
+        (["landscape", vit, vit, "--directions", "between", "--dimensions", "2"], "it is a line"),
+        (["landscape", vit, "--span", "-1"], "--span -1.0 is not allowed. Allowed: above 0"),
+        (["landscape", vit, "--points", "1"], "--points 1 is not allowed"),
+        (["landscape", vit, "--directions", "sideways"], "invalid choice: 'sideways'"),
+        ([], "the following arguments are required: command"),
+    ]
+
+
+def test_misuse_is_one_line_that_says_what_is_wrong(vit, bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, said in wrong(vit, bert, tmp_path):
+        try:
+            code = cli.main(words)
+        except SystemExit as error:
+            code = error.code
+        err = capsys.readouterr().err
+        lines = [line for line in err.splitlines() if "error:" in line]
+        assert code == 2 and len(lines) == 1 and said in lines[0], (words, err)
+        assert "Traceback" not in err
+
+
+def test_the_command_is_installed_and_helps():
+    command = [sys.executable, "-m", "sam_hf.cli", "landscape", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "--directions" in done.stdout
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="sam-hf")
+    assert script.load() is cli.main
+
+
+def test_what_is_missing_is_named_with_its_extra(vit, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert cli.main(["sharpness", vit, "--output_dir", str(tmp_path)]) == 2
+    assert "pip install 'sam-hf[diagnostics]'" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""Sharpness over a training: measured, logged, drawn, and without a trace in the training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from curved import batches
+from real_models import bert, tokens
+from tiny import Classifier, Rows, assert_same_bits, examples, sam_trainer, weights
+from transformers import Trainer, set_seed
+
+from sam_hf.diagnostics import Objective, Plan, SharpnessCallback, measure
+
+QUICK = Plan(steps=2, samples=2, iterations=3, trace_samples=2)
+
+
+def trainer_of(every=None, sam=True, folder=None, plan=QUICK, **args):
+    set_seed(0)
+    options = {"max_steps": 6, "logging_steps": 2, **args}
+    if folder is not None:
+        options["output_dir"] = str(folder)
+    trainer = sam_trainer(
+        Classifier(dropout=0.3),
+        examples(32),
+        **({} if sam else {"trainer_class": Trainer}),
+        trainer_kwargs={"eval_dataset": examples(24, seed=5)},
+        **options,
+    )
+    if every is not None:
+        trainer.add_callback(SharpnessCallback(trainer, every, plan=plan, examples=10))
+    return trainer
+
+
+def callback_of(trainer) -> SharpnessCallback:
+    (found,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, SharpnessCallback)]
+    return found
+
+
+@pytest.mark.parametrize("sam", [True, False])
+def test_training_goes_on_as_if_nothing_had_been_measured(sam):
+    plain = trainer_of(sam=sam)
+    plain.train()
+    measured = trainer_of(2, sam=sam)
+    measured.train()
+    assert_same_bits(measured.model, weights(plain.model))
+
+    def losses(trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(plain) == losses(measured)
+
+
+def test_the_measures_are_logged_every_so_many_updates_and_at_the_end():
+    trainer = trainer_of(4)
+    trainer.train()
+    seen = [e for e in trainer.state.log_history if "sharpness/worst_sharpness" in e]
+    assert [entry["step"] for entry in seen] == [4, 6]
+    rows = examples(24, seed=5)
+    rows.rows = rows.rows[:16]  # whole batches of 8, until there are 10 examples
+    expected = measure(Objective(trainer.model, batches(rows, 8)), QUICK)
+    found = {k.removeprefix("sharpness/"): v for k, v in seen[-1].items() if "/" in k}
+    assert found == pytest.approx(expected, rel=1e-10)
+    trainer = trainer_of(0)
+    trainer.train()
+    seen = [e for e in trainer.state.log_history if "sharpness/loss" in e]
+    assert [entry["step"] for entry in seen] == [6]
+
+
+def bert_trainer(folder, every=2, **args):
+    set_seed(0)
+    rows = Rows([{"input_ids": ids, "labels": ids[0] % 3} for ids in tokens(16)])
+    options = {"max_steps": 4, "output_dir": str(folder), **args}
+    kwargs = {"eval_dataset": rows}
+    trainer = sam_trainer(bert(), rows, trainer_kwargs=kwargs, **options)
+    trainer.add_callback(SharpnessCallback(trainer, every, plan=QUICK, examples=8))
+    return trainer
+
+
+def test_the_loss_is_the_trainers_own(tmp_path):
+    smoothing = 0.5
+    trainer = bert_trainer(tmp_path, 0, label_smoothing_factor=smoothing)
+    trainer.train()
+    logged = next(e["sharpness/loss"] for e in trainer.state.log_history if "sharpness/loss" in e)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        logs = trainer.model.eval()(**batch).logits.log_softmax(-1)
+    right = logs.gather(1, batch["labels"][:, None])[:, 0]
+    expected = -((1 - smoothing) * right + smoothing * logs.mean(-1)).mean().item()
+    assert logged == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_picture_and_the_model_card_are_in_the_output_folder(tmp_path):
+    trainer = bert_trainer(tmp_path)
+    trainer.train()
+    assert {"sharpness.png", "sharpness.svg"} <= {f.name for f in tmp_path.iterdir()}
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "![Sharpness over the training](sharpness.png)" in card
+    assert "| `sharpness/worst_sharpness` |" in card and "| 4 |" in card
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text().count("sharpness.png") == 1
+
+
+def test_a_resumed_run_keeps_what_was_seen_before(tmp_path):
+    trainer = trainer_of(2, folder=tmp_path, save_strategy="steps", save_steps=4)
+    trainer.train()
+    history = callback_of(trainer).history
+    resumed = trainer_of(2, folder=tmp_path, save_strategy="steps", save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert callback_of(resumed).history == history
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    assert any("sharpness/loss" in entry for entry in state["log_history"])
+
+
+def test_misuse_is_refused_before_the_training():
+    trainer = trainer_of()
+    for options, said in (
+        ({"every": -1}, "every=-1 is not allowed"),
+        ({"examples": 0}, "examples=0 is not allowed"),
+        ({"plan": Plan(rho=-1.0)}, "rho=-1.0 is not allowed"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            SharpnessCallback(trainer, **options)
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="SharpnessCallback has no data: give dataset="):
+        SharpnessCallback(trainer)
+    SharpnessCallback(trainer, dataset=examples(4))
+    set_seed(0)
+    half = sam_trainer(
+        Classifier(dtype=torch.bfloat16),
+        examples(8, dtype=torch.bfloat16),
+        trainer_class=Trainer,
+        trainer_kwargs={"eval_dataset": examples(8, dtype=torch.bfloat16)},
+    )
+    half.add_callback(SharpnessCallback(half))
+    with pytest.raises(ValueError, match=r"weights in torch\.bfloat16"):
+        half.train()
+    assert half.state.global_step == 0

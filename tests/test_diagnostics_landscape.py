@@ -1,0 +1,226 @@
+"""Landscapes: directions, losses on the grid, files that go on where they were, and pictures."""
+
+from __future__ import annotations
+
+import copy
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+from curved import Quadratic, batches, classifier, nothing
+from PIL import Image
+from reference_sharpness import flat
+from tiny import Classifier, assert_same_bits, examples, weights
+from torch import nn
+
+from sam_hf.diagnostics import (
+    Landscape,
+    Objective,
+    connecting_plane,
+    eigenvector_plane,
+    plot_history,
+    plot_landscapes,
+    random_plane,
+    read_landscape,
+    scan,
+    write_landscape,
+)
+from sam_hf.diagnostics import landscape as module
+
+AXIS = [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def test_random_directions_have_the_lengths_of_the_filters():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    objective = Objective(model, [torch.zeros(2, 3, 4, 4)], loss=lambda m, x: m(x).sum())
+    first, second = random_plane(objective, seed=3).directions
+    for d, w in zip(first, objective.weights, strict=True):
+        if w.ndim == 1:
+            assert (d == 0).all()
+            continue
+        for filter_, own in zip(d, w, strict=True):
+            assert filter_.norm().item() == pytest.approx(own.norm().item(), rel=1e-5)
+    assert not torch.equal(first[0], second[0])
+    again = random_plane(objective, seed=3).directions[0]
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(random_plane(objective, seed=4).directions[0][0], first[0])
+
+
+def test_the_losses_are_those_at_the_points_of_the_grid():
+    model = Quadratic(slope=1.0)
+    objective = Objective(model, nothing())
+    plane = eigenvector_plane(objective)
+    found = scan(objective, plane, [AXIS, [-2.0, 0.0, 1.0]], progress=False)
+    w = flat([x.detach() for x in objective.weights])
+    a, b = (flat(d) for d in plane.directions)
+    for i, x in enumerate(AXIS):
+        for j, y in enumerate([-2.0, 0.0, 1.0]):
+            v = w + x * a + y * b
+            expected = (v @ model.h @ v / 2 + model.c @ v).item()
+            assert found.losses[i, j].item() == pytest.approx(expected, rel=1e-10)
+    assert found.facts["eigenvalues"] == pytest.approx([7.0, 6.0])
+    # Along the eigenvector the second difference is the eigenvalue.
+    line = found.losses[:, 1]
+    bend = (line[3] - 2 * line[2] + line[1]) / 0.25
+    assert bend.item() == pytest.approx(7.0, rel=1e-9)
+
+
+def test_between_two_models_weights_and_running_statistics_go_along():
+    torch.manual_seed(0)
+
+    def model():
+        return nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+
+    first, second = model(), model()
+    x, labels = torch.randn(16, 5, dtype=torch.float64), torch.randint(0, 3, (16,))
+    for each in (first, second):
+        each(x * 3 + 1)  # running statistics of its own
+        each.eval()
+
+    def loss(m, batch):
+        return nn.functional.cross_entropy(m(batch[0]), batch[1])
+
+    objective = Objective(first, [(x, labels)], loss=loss)
+    before = weights(first), weights(second)
+    found = scan(objective, connecting_plane(objective, second), [[0.0, 0.5, 1.0]], progress=False)
+    middle = copy.deepcopy(first)
+    mixed = {
+        n: (a + second.state_dict()[n]) / 2 if a.is_floating_point() else a
+        for n, a in first.state_dict().items()
+    }
+    middle.load_state_dict(mixed)
+    expected = [Objective(m, [(x, labels)], loss=loss).value() for m in (first, middle, second)]
+    assert found.losses.tolist() == pytest.approx(expected, rel=1e-12)
+    assert_same_bits(first, before[0])
+    assert_same_bits(second, before[1])
+
+
+def test_models_that_differ_are_not_joined():
+    objective = classifier()
+    with pytest.raises(ValueError, match=r"no line joins Classifier and Linear: they differ in"):
+        connecting_plane(objective, nn.Linear(5, 3))
+
+
+def test_a_scan_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_WRITES", 0.0)
+    file, calls = tmp_path / "new" / "landscape.parquet", 0
+    torch.manual_seed(0)
+    model, data = Classifier(), batches(examples(4), 4)
+
+    def loss(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        return model(**batch)["loss"]
+
+    def run():
+        objective = Objective(model, data, loss=loss)
+        return scan(objective, random_plane(objective), [AXIS, AXIS], path=file, progress=False)
+
+    stop_at = 12  # the loss at w is the first
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    part = read_landscape(file)
+    assert int(part.losses.isfinite().sum()) == 10 and not part.is_complete
+    calls, stop_at = 0, None
+    whole = run()
+    assert calls == 1 + 15 and whole.is_complete
+    calls = 0
+    again = run()
+    assert calls == 1 and torch.equal(again.losses, whole.losses)
+    direct = scan(
+        Objective(model, data), random_plane(Objective(model, data)), [AXIS, AXIS], progress=False
+    )
+    assert torch.equal(direct.losses, whole.losses)
+    with torch.no_grad():
+        model.second.bias += 1
+    with pytest.raises(ValueError, match="of other weights, data, directions or points"):
+        run()
+
+
+def test_a_file_comes_back_as_it_was_written(tmp_path):
+    losses = torch.tensor([[1.0, math.inf], [math.nan, -2.5]], dtype=torch.float64)
+    written = Landscape("a/b", ["x", "y"], [[-1.0, 1.0], [0.0, 3.0]], losses, {"seed": 1})
+    write_landscape(written, tmp_path / "it.parquet")
+    read = read_landscape(tmp_path / "it.parquet")
+    assert (read.name, read.labels, read.coordinates, read.facts) == (
+        *("a/b", ["x", "y"], [[-1.0, 1.0], [0.0, 3.0]], {"seed": 1}),
+    )
+    torch.testing.assert_close(read.losses, losses, equal_nan=True, rtol=0, atol=0)
+    (tmp_path / "other.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is no landscape"):
+        read_landscape(tmp_path / "other.parquet")
+
+
+def test_a_disk_that_is_full_leaves_the_file_of_before(tmp_path, monkeypatch):
+    from pyarrow import parquet
+
+    file = tmp_path / "it.parquet"
+    written = Landscape("a", ["x"], [[0.0, 1.0]], torch.zeros(2, dtype=torch.float64), {})
+    write_landscape(written, file)
+    before = file.read_bytes()
+
+    def full(table, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_landscape(written, file)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_losses_that_overflow_are_infinite_and_drawn_as_the_highest(tmp_path):
+    objective = Objective(
+        Quadratic(), nothing(), loss=lambda m, b: (m(**b)["loss"] * 20).exp().sqrt()
+    )
+    found = scan(objective, eigenvector_plane(objective), [[-40.0, 0.0, 40.0]] * 2, progress=False)
+    assert found.losses.isinf().any() and found.losses[1, 1].isfinite()
+    files = plot_landscapes([found], tmp_path / "it")
+    assert [f.name for f in files] == ["it.png", "it.svg"]
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_pictures_name_their_axes_and_models(tmp_path, dimensions, count):
+    found = []
+    for number in range(count):
+        torch.manual_seed(number)
+        objective = Objective(Classifier(), batches(examples(8), 4))
+        plane = random_plane(objective, dimensions)
+        axes = [AXIS] * dimensions
+        found.append(scan(objective, plane, axes, name=f"model {number}", progress=False))
+    png, svg = plot_landscapes(found, tmp_path / "folder" / "picture")
+    assert min(Image.open(png).size) > 500
+    root = ElementTree.parse(svg).getroot()
+    comments = svg.read_text()
+    assert root.tag.endswith("svg")
+    for text in ("loss", "random direction, filter-normalised", "Loss on 8 examples"):
+        assert f"<!-- {text}" in comments
+    if count == 2 or dimensions == 2:
+        assert all(f"<!-- model {number}" in comments for number in range(count))
+    first = png.read_bytes()
+    plot_landscapes(found, tmp_path / "folder" / "picture")
+    assert png.read_bytes() == first
+
+
+def test_a_history_is_drawn_with_a_frame_for_each_measure(tmp_path):
+    history = {f"sharpness/{i}": [(0, 1.0), (10, 0.5)] for i in range(4)}
+    _, svg = plot_history(history, tmp_path / "it")
+    assert all(f"<!-- sharpness/{i} -->" in svg.read_text() for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (lambda o: scan(o, random_plane(o), [AXIS]), "coordinates has 1 axes, and the plane 2"),
+        (lambda o: scan(o, random_plane(o), [AXIS, [1.0, 0.0]]), "Allowed: rising numbers"),
+        (lambda o: scan(o, random_plane(o), [AXIS, []]), "Allowed: rising numbers"),
+        (lambda o: plot_landscapes([], None), "one or more"),
+    ],
+)
+def test_what_makes_no_grid_is_refused(action, said):
+    with pytest.raises(ValueError, match=said):
+        action(classifier())
