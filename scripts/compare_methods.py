@@ -7,11 +7,15 @@
     python scripts/compare_methods.py --task cifar10 --train_file train.parquet \\
         --validation_file test.parquet --labels_file labels.parquet --label_column worse_label
 
+    python scripts/compare_methods.py --task trec6 --train_file train.parquet \\
+        --validation_file test.parquet --model_name_or_path path/to/encoder --train_fraction 1 0.1
+
 All recipes have the same data, wrong labels, initial weights, order and schedule: a seed fixes
-them. Scored is the final model, on test images with right labels. A command that was stopped goes
+them. Scored is the final model, on test examples with right labels. A command that was stopped goes
 on where it was. The table:
 
-    accuracy          mean over the seeds, with its 95 % interval (Student's t)
+    accuracy          mean over the seeds, with its 95 % interval (Student's t); for CoLA the
+                      Matthews correlation
     gain              over plain training, in points: mean of the differences seed by seed, averaged
                       over the noise levels, with the interval of the paired t-test
     share             of the gain of --reference, with Fieller's interval over the same pairs. "-":
@@ -24,8 +28,12 @@ on where it was. The table:
                       recipe trains one whole short schedule
     memory            peak beyond that of plain training, in units of the bytes of the model
 
---tune scores each rho of a grid on a part of the training images with right labels, with other
-seeds and at one noise level, and writes --rho_file. The test images have no say in it.
+A second table has what else is recorded of each final model, averaged over the noise levels, beside
+that of plain training: calibration, the accuracy on corrupted images (scripts/corruptions.py), and
+with --sharpness how sharp the training loss is around the weights (sam_hf.diagnostics).
+
+--tune scores each rho of a grid on a part of the training examples with right labels, with other
+seeds and at one noise level, and writes --rho_file. The test examples have no say in it.
 """
 
 from __future__ import annotations
@@ -37,10 +45,11 @@ from typing import Any
 import torch
 from comparison_arguments import Options
 from comparison_costs import measure_costs
+from comparison_data import TUNING_SEEDS, Task
 from comparison_recipes import PLAIN, Recipe, RecipeBook
 from comparison_report import report
 from comparison_runs import ResultsFile, RunSpec, plain_length, read_results, run_all
-from comparison_tasks import TUNING_SEEDS, Task, build_task
+from comparison_tasks import build_task
 from comparison_tuning import conclude, read_rho_file, read_searches, warn_of_other_settings
 from script_utils import InputError, OptionParser, run_script
 
@@ -93,6 +102,8 @@ def compare(recipes: list[Recipe], task: Task, options: Options, file: ResultsFi
                 longer[RunSpec(PLAIN, level, seed, length)] = plain
     run_all([(r, spec) for spec, r in longer.items()], task, options, file, "plain, equal passes")
 
+    if options.timing_rounds == 0:
+        return
     names = [recipe.name for recipe in recipes]
     how = {"rounds": options.timing_rounds, "updates": options.timing_updates}
     how["threads"] = options.torch_num_threads
@@ -123,7 +134,7 @@ def tune(book: RecipeBook, options: Options, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_options_of_training(options: Options) -> None:
-    usual = Options(task=options.task)
+    usual = Options(task=options.task, from_json=options.from_json)
     used = ("from_json", "recipes", "reference", "output_dir", "task")
     for f in fields(Options):
         if f.name not in used and getattr(options, f.name) != getattr(usual, f.name):

@@ -15,7 +15,7 @@ PLAIN_STYLE = ("#333333", "*")
 
 
 def draw_gain_and_cost(
-    rows: Sequence[Any], longer: Sequence[tuple[float, float]], title: str, file: Path
+    rows: Sequence[Any], longer: Sequence[tuple[float, float]], title: str, metric: str, file: Path
 ) -> None:
     """Save a picture of the gain over plain training against the time of an update.
 
@@ -51,7 +51,7 @@ def draw_gain_and_cost(
         axes.plot([], [], marker, color=color, label=group)
     unit = "Time of an update" if is_timed else "Passes of an update"
     axes.set_xlabel(f"{unit}, in units of plain training's")
-    axes.set_ylabel("Gain in final test accuracy over plain training, points (95 % interval)")
+    axes.set_ylabel(f"Gain in final test {metric} over plain training, points (95 % interval)")
     axes.set_title(title, fontsize="medium")
     axes.grid(alpha=0.25)
     left, right = axes.get_xlim()

@@ -1,27 +1,31 @@
-"""The results of `compare_methods.py` as a table and a picture."""
+"""The results of `compare_methods.py` as tables, JSON and a picture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 from comparison_costs import extra_memory, relative_time
+from comparison_format import in_words, markdown, points, with_error
+from comparison_measures_table import Measured, measure_recipe, measures_table
 from comparison_plot import draw_gain_and_cost
 from comparison_recipes import PLAIN
 from comparison_runs import plain_length
 from comparison_statistics import Estimate, mean_interval, paired_gain, share
 from script_utils import InputError, closest
+from training_utils import save_json
 
 Scores = dict[str, dict[int, float]]  # of one recipe: by level and seed
 
 
 @dataclass
 class Row:
-    """What the table says of a recipe. Gains are shares of the test images, not yet points."""
+    """What the tables say of a recipe. Gains are shares of the test examples, not yet points."""
 
     name: str
     group: str
@@ -34,6 +38,8 @@ class Row:
     passes: float
     time: tuple[float, float, float] | None  # median and quartiles
     memory: float | None
+    metric: str = "accuracy"
+    measures: dict[str, Measured | None] = field(default_factory=dict)  # by `Measure.key`
 
 
 def report(
@@ -59,12 +65,16 @@ def report(
         "## Gain at each noise level",
         gain_table(rows),
     ]
+    measures = measures_table(rows)
+    text += ["## Measures of the final models, means over the noise levels", measures]
     text += ["## Recipes", _descriptions(content, rows)]
     (folder / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    picture = folder / "gain_and_cost.png"
-    draw_gain_and_cost(rows, plain_curve(content), title(content), picture)
-    print("", title(content), "", table, *left_out, sep="\n")
-    print(f"\nsaved in {folder}: table.md, {picture.name}")
+    numbers = {"title": title(content), "rows": [_finite(asdict(row)) for row in rows]}
+    save_json(numbers, folder / "table.json")
+    picture, metric = folder / "gain_and_cost.png", _in_words(_metric(content))
+    draw_gain_and_cost(rows, plain_curve(content), title(content), metric, picture)
+    print("", title(content), "", table, *left_out, "", measures, sep="\n")
+    print(f"\nsaved in {folder}: table.md, table.json, {picture.name}")
 
 
 def make_rows(
@@ -108,9 +118,10 @@ def _timed_otherwise(content: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: str) -> Row:
     plain, own, ours = runs[PLAIN, 1.0], runs[name, 1.0], runs[reference, 1.0]
     levels, seeds = list(plain), sorted(next(iter(plain.values())))
+    metric = _metric(content)
 
     def scores(of: dict[str, dict[int, Any]]) -> np.ndarray:
-        return np.array([[of[level][seed]["accuracy"] for seed in seeds] for level in levels])
+        return np.array([[of[level][seed][metric] for seed in seeds] for level in levels])
 
     baseline, mine = scores(plain), scores(own)
     passes = {level: fmean(own[level][s]["passes"] for s in seeds) for level in levels}
@@ -119,8 +130,8 @@ def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: st
         level: runs.get((PLAIN, plain_length([passes[level]])), {}).get(level, {})
         for level in levels
     }
-    equal = None
-    if all(set(seeds) <= longer[level].keys() for level in levels):
+    equal, has_longer = None, all(set(seeds) <= longer[level].keys() for level in levels)
+    if has_longer:
         equal = paired_gain(mine.mean(0), scores(longer).mean(0))
     costs = content.get("costs", {}).get("recipes", {})
     options = content["recipes"][name].get("options", {})
@@ -136,20 +147,22 @@ def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: st
         passes=fmean(passes.values()),
         time=relative_time(costs, name) if name in costs else None,
         memory=extra_memory(costs, name) if name in costs else None,
+        metric=metric,
+        measures=measure_recipe(own, plain, longer if has_longer else None),
     )
 
 
 def plain_curve(content: dict[str, Any]) -> list[tuple[float, float]]:
     """(length, gain over its usual length) of plain training, where it was run at every level."""
     runs = _by_recipe(content["runs"])
-    usual = runs[PLAIN, 1.0]
+    usual, metric = runs[PLAIN, 1.0], _metric(content)
     curve = []
     for (name, length), levels in runs.items():
         if name == PLAIN and all(
             usual[level].keys() <= levels.get(level, {}).keys() for level in usual
         ):
             pairs = [
-                (levels[level][s]["accuracy"], usual[level][s]["accuracy"])
+                (levels[level][s][metric], usual[level][s][metric])
                 for level in usual
                 for s in usual[level]
             ]
@@ -159,14 +172,18 @@ def plain_curve(content: dict[str, Any]) -> list[tuple[float, float]]:
 
 def main_table(rows: Sequence[Row]) -> str:
     levels = list(rows[0].accuracy)
-    head = ["recipe", "rho", *(f"accuracy, {in_words(level)}" for level in levels)]
+    head = [
+        "recipe",
+        "rho",
+        *(f"{_in_words(rows[0].metric)}, {in_words(level)}" for level in levels),
+    ]
     head += ["gain", "share", "gain, equal passes", "passes", "time", "memory"]
     lines = []
     for row in rows:
         is_plain = row.name == PLAIN
         line = [row.name, "-" if row.rho is None else f"{row.rho:g}"]
-        line += [_accuracy(row.accuracy[level]) for level in levels]
-        line += ["-", "-", "-"] if is_plain else [_points(row.gain), _share(row), _equal(row)]
+        line += [with_error(row.accuracy[level]) for level in levels]
+        line += ["-", "-", "-"] if is_plain else [points(row.gain), _share(row), _equal(row)]
         line += [f"{row.passes:.2f}", "-" if row.time is None else f"{row.time[0]:.2f}"]
         line += ["-" if row.memory is None else f"{row.memory:.2f}"]
         lines.append(line)
@@ -176,7 +193,7 @@ def main_table(rows: Sequence[Row]) -> str:
 def gain_table(rows: Sequence[Row]) -> str:
     levels = list(rows[0].accuracy)
     lines = [
-        [row.name, *(_points(row.gains[level]) for level in levels), _quartiles(row)]
+        [row.name, *(points(row.gains[level]) for level in levels), _quartiles(row)]
         for row in rows
         if row.name != PLAIN
     ]
@@ -188,37 +205,21 @@ def title(content: dict[str, Any]) -> str:
     plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
     levels = list(dict.fromkeys(in_words(run["level"]) for run in plain))
     what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
+    if " of the data" not in what:
+        what = what.replace(" % wrong labels,", ",")
+    kind = "images" if "training_images" in settings else "texts"
     return (
-        f"{settings['task']}, {settings['training_images']} training images: "
-        f"{what.replace(' % wrong labels,', ',')}, {len({run['seed'] for run in plain})} seeds"
+        f"{settings['task']}, {settings[f'training_{kind}']} training {kind}: "
+        f"{what}, {len({run['seed'] for run in plain})} seeds"
     )
 
 
-def in_words(level: str) -> str:
-    """'40 % wrong labels', or the column of the labels that people gave."""
-    try:
-        return f"{100 * float(level):g} % wrong labels"
-    except ValueError:
-        return level.replace("_", " ")
+def _metric(content: dict[str, Any]) -> str:
+    return content["settings"].get("metric", "accuracy")
 
 
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    rows = [head, ["-" * width for width in widths], *lines]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
-
-
-def _accuracy(estimate: Estimate) -> str:
-    half = f" ± {estimate.half_width:.3f}" if estimate.is_bounded else ""
-    return f"{estimate.value:.3f}{half}"
-
-
-def _points(estimate: Estimate) -> str:
-    interval = f" [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
-    return f"{100 * estimate.value:+.1f}{interval if estimate.is_bounded else ''}"
+def _in_words(metric: str) -> str:
+    return metric.replace("_", " ").replace("matthews", "Matthews")
 
 
 def _share(row: Row) -> str:
@@ -227,7 +228,7 @@ def _share(row: Row) -> str:
 
 
 def _equal(row: Row) -> str:
-    return "-" if row.equal_gain is None else _points(row.equal_gain)
+    return "-" if row.equal_gain is None else points(row.equal_gain)
 
 
 def _quartiles(row: Row) -> str:
@@ -237,6 +238,13 @@ def _quartiles(row: Row) -> str:
 def _descriptions(content: dict[str, Any], rows: Sequence[Row]) -> str:
     recipes = content["recipes"]
     return "\n".join(f"- {row.name}: {recipes[row.name]['description']}" for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    """With None for numbers that JSON does not have: the ends of unbounded intervals."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_recipe(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, float], Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -19,14 +18,15 @@ from typing import Any
 import torch
 import transformers
 from benchmark_utils import Clock
+from comparison_data import Task
+from comparison_measures import finite, measure_model, scores
 from comparison_recipes import PLAIN, Recipe
-from comparison_tasks import Task, build_task
+from comparison_tasks import build_task
 from script_utils import InputError
-from sklearn.metrics import accuracy_score
 from third_party_sam import ThirdPartyTrainer
 from tqdm import tqdm
 from training_utils import ComputeMeter
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
 import sam_hf
@@ -63,7 +63,7 @@ def build_trainer(
         output_dir=folder,
         max_steps=updates,
         dataloader_drop_last=True,  # the gradient of a few left over would be mere noise
-        per_device_eval_batch_size=512,
+        per_device_eval_batch_size=task.eval_batch,
         seed=spec.seed,
         logging_strategy="no",
         eval_strategy="no",
@@ -82,7 +82,8 @@ def build_trainer(
         "args": args,
         "train_dataset": train,
         "eval_dataset": scored,
-        "compute_metrics": _accuracy,
+        "processing_class": task.processing_class,
+        "compute_metrics": scores(task.metric),
     }
     if recipe.trainer == PLAIN:
         trainer = Trainer(**kwargs)
@@ -94,30 +95,24 @@ def build_trainer(
     return trainer
 
 
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    guesses = prediction.predictions.argmax(-1)
-    return {"accuracy": float(accuracy_score(prediction.label_ids, guesses))}
-
-
 def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[str, Any]:
-    """Train and score the final model; the record of the run."""
+    """Train, score and measure the final model; the record of the run."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(recipe, task, spec, options, folder)
         meter, clock = ComputeMeter(), Clock()
         trainer.add_callback(meter)
         trainer.add_callback(clock)
         loss = train_quietly(trainer).training_loss
-        trainer.args.dataloader_drop_last = False  # every image is scored
-        accuracy = trainer.evaluate()["eval_accuracy"]
+        measures = measure_model(trainer, task, spec, options.sharpness)
     return {
         **asdict(spec),
-        "accuracy": accuracy,
+        **measures,
         "passes": meter.computed / meter.drawn,
         "updates": trainer.state.global_step,
         "examples_computed": meter.computed,
         "examples_drawn": meter.drawn,
         "seconds": round(sum(clock.seconds), 3),
-        "train_loss": loss if math.isfinite(loss) else None,
+        "train_loss": finite(loss),
     }
 
 
@@ -143,7 +138,7 @@ def run_all(
     with tqdm(total=len(wanted), initial=done, desc=what, unit="run", smoothing=0) as bar:
         for record in _records(pending, task, options):
             file.add(record)
-            bar.set_postfix_str(f"{record['recipe']}, {record['level']}: {record['accuracy']:.3f}")
+            bar.set_postfix_str(f"{record['recipe']}, {record['level']}: {record[task.metric]:.3f}")
             bar.update()
 
 

@@ -9,16 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from comparison_data import VALIDATION_SHARE
 from comparison_recipes import Recipe
 from comparison_runs import ResultsFile, RunSpec, first_difference
-from comparison_tasks import VALIDATION_SHARE
 from script_utils import InputError
 from training_utils import save_json
-
-HOW = (
-    f"Accuracy on {VALIDATION_SHARE:.0%} of the training images, left out of the training, with "
-    "their right labels; means over the seeds. The test images had no say."
-)
 
 
 def conclude(
@@ -28,11 +23,12 @@ def conclude(
 
     Searches of other recipes that stand in the file stay there.
     """
+    metric = tried.content["settings"].get("metric", "accuracy")
     scores: dict[str, dict[float, list[float]]] = {}
     for recipe, spec in wanted:
         record = tried.find(spec)
         assert record is not None and recipe.rho is not None
-        scores.setdefault(recipe.name, {}).setdefault(recipe.rho, []).append(record["accuracy"])
+        scores.setdefault(recipe.name, {}).setdefault(recipe.rho, []).append(record[metric])
     best, notes = {}, []
     for name, by_rho in scores.items():
         means = {rho: statistics.fmean(values) for rho, values in by_rho.items()}
@@ -46,7 +42,7 @@ def conclude(
         name: {
             "noise": next(spec.level for recipe, spec in wanted if recipe.name == name),
             "seeds": sorted({spec.seed for recipe, spec in wanted if recipe.name == name}),
-            "accuracy": {f"{rho:g}": values for rho, values in by_rho.items()},
+            metric: {f"{rho:g}": values for rho, values in by_rho.items()},
         }
         for name, by_rho in scores.items()
     }
@@ -80,7 +76,9 @@ def read_rho_file(file: Path) -> dict[str, Any]:
 
 def warn_of_other_settings(file: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
     """Say so where the best rho was searched for with another model, schedule or data."""
-    different = first_difference(found.get("settings"), settings)
+    # How the final model is measured has no part in what is best.
+    trained = {key: value for key, value in settings.items() if key != "sharpness"}
+    different = first_difference(found.get("settings"), trained)
     if found and different is not None:
         key, before, now = different
         warnings.warn(
@@ -108,4 +106,11 @@ def read_searches(file: Path, tried: ResultsFile) -> dict[str, Any]:
 
 
 def _head(tried: ResultsFile) -> dict[str, Any]:
-    return {"how": HOW, **{key: tried.content[key] for key in ("settings", "versions")}}
+    settings = tried.content["settings"]
+    metric = settings.get("metric", "accuracy").replace("_", " ").capitalize()
+    examples = "images" if "training_images" in settings else "texts"
+    how = (
+        f"{metric} on {VALIDATION_SHARE:.0%} of the training {examples}, left out of the training, "
+        f"with their right labels; means over the seeds. The test {examples} had no say."
+    )
+    return {"how": how, **{key: tried.content[key] for key in ("settings", "versions")}}

@@ -69,6 +69,30 @@ def test_synthetic_and_human_labels_stand_beside_each_other_and_rho_is_tuned_on_
     assert list(build_task(Options(**cifar, tune=True)).levels) == ["worse_label"]
 
 
+def test_a_small_vit_takes_the_place_of_the_wide_resnet(cifar):
+    task = build_task(Options(**cifar, model="vit"))
+    assert task.model(0).config.model_type == "vit"
+    assert task.training["learning_rate"] == 1e-3 and "optim" not in task.training
+    assert list(task.settings["model"]) == ["vit"]
+
+
+def test_a_part_of_the_images_keeps_the_labels_that_people_gave(cifar):
+    task = build_task(Options(**{**cifar, "train_fraction": [1.0, 0.5]}))
+    assert list(task.levels) == ["worse_label", "worse_label at 0.5"]
+    everything, _ = task.sets("worse_label", 3, is_tuning=False)
+    part, _ = task.sets("worse_label at 0.5", 3, is_tuning=False)
+    assert len(part) == 20
+    assert [part[i]["labels"] for i in range(20)] == [everything[i]["labels"] for i in part.indices]
+
+
+def test_the_examples_whose_sharpness_is_measured_are_not_augmented(cifar):
+    task = build_task(Options(**cifar))
+    trained, _ = task.sets("worse_label", 0, is_tuning=False)
+    measured = task.plain_examples("worse_label", 0)
+    assert trained.augment and not measured.augment
+    assert trained.data.labels.tolist() == measured.data.labels.tolist()
+
+
 def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
     cifar["labels_file"] = cifar["labels_file"].replace("human", "disordered")
     with pytest.raises(InputError, match="the rows are in another order"):
@@ -84,6 +108,7 @@ def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
         ({"label_column": None}, "go together"),
         ({"label_column": ["worst"]}, "no column 'worst'"),
         ({"depth": 12}, "--depth=12 is not allowed"),
+        ({"model": "vit", "width": 2}, "--width has no effect with --model vit"),
     ],
 )
 def test_wrong_options_of_cifar_are_refused(cifar, changes, said):
