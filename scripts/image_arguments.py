@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from shared_arguments import (
     ClassifierArguments,
@@ -59,10 +59,18 @@ class DataArguments(LabelArguments):
 
 @dataclass
 class ModelArguments(ClassifierArguments):
-    """Which model: a pretrained one, or a small ViT made from its configuration."""
+    """Which model: a pretrained one, or a ViT or Wide-ResNet made from its configuration."""
 
     _sizes = ("image_size", "patch_size", *ClassifierArguments._sizes)
+    # Each untrained model with the options that have no effect on another.
+    _models: ClassVar[dict[str, tuple[str, ...]]] = {
+        "vit": ("patch_size", *ClassifierArguments._sizes),
+        "wide_resnet": ("depth", "width", "dropout"),
+    }
 
+    model_type: Literal["vit", "wide_resnet"] | None = field(
+        default=None, metadata={"help": "Which untrained model is made. vit if not given."}
+    )
     image_size: int | None = field(
         default=None,
         metadata={
@@ -76,6 +84,35 @@ class ModelArguments(ClassifierArguments):
             "help": "Side of the untrained model's patches. A quarter of the image if not given."
         },
     )
+    depth: int | None = field(
+        default=None, metadata={"help": "Of the Wide-ResNet: 6 n + 4. 16 if not given."}
+    )
+    width: int | None = field(
+        default=None,
+        metadata={"help": "Of the Wide-ResNet: the factor of its channels. 8 if not given."},
+    )
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Of the Wide-ResNet: share dropped inside each block. 0 if not given."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("model_type", *self._models["wide_resnet"]):
+            if self.model_name_or_path is not None and getattr(self, name) is not None:
+                raise ValueError(f"--{name} has no effect with --model_name_or_path")
+        chosen = self.model_type or "vit"
+        for model_type, options in self._models.items():
+            for name in options:
+                if model_type != chosen and getattr(self, name) is not None:
+                    raise ValueError(
+                        f"--{name} has no effect on a {chosen}: it is of --model_type {model_type}"
+                    )
+
+    def wide_resnet_sizes(self) -> dict[str, float]:
+        """Those that were given, as `WideResNetConfig` names them."""
+        sizes = {name: getattr(self, name) for name in self._models["wide_resnet"]}
+        return {name: value for name, value in sizes.items() if value is not None}
 
 
 @dataclass

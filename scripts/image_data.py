@@ -29,6 +29,8 @@ from script_utils import InputError
 from sklearn.datasets import load_digits
 
 TRAINING, EVALUATION = "training images", "evaluation images"
+# Of the training images, for each channel from 0 to 1.
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CACHE_BYTES = 256 * 2**20  # tensors of a data set up to this size are made once and kept
 
 

@@ -4,6 +4,8 @@ Examples:
     python scripts/train_image_classification.py configs/digits_asam.yaml
     python scripts/train_image_classification.py configs/digits_asam.yaml --sam_rho 1.0 --seed 1
     python scripts/train_image_classification.py configs/vit_cifar10.yaml --bf16
+    python scripts/train_image_classification.py --model_type wide_resnet --depth 10 --width 1 \\
+        --optim sgd --learning_rate 0.1 --sam_rho 0.1
     python scripts/train_image_classification.py --train_dir path/to/folder --image_size 32 \\
         --sam_rho 0.1 --output_dir outputs/my_images
 
@@ -12,7 +14,7 @@ The options may come from a YAML file, from the command line, or from both: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +27,14 @@ from experiment import (
     prepare,
 )
 from image_arguments import DataArguments, ModelArguments, TrainArguments
-from image_data import ImageData, ImageTensors, LabeledImages, load_image_data
+from image_data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    ImageData,
+    ImageTensors,
+    LabeledImages,
+    load_image_data,
+)
 from script_utils import InputError, OptionParser, run_script
 from shared_arguments import require_multiple
 from training_utils import Run, load_metric
@@ -39,8 +48,12 @@ from transformers import (
     ViTImageProcessorPil,
     set_seed,
 )
+from wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 from sam_hf import SAMTrainer
+
+# A model, and the mean and the standard deviation that its images are normalised with.
+_Untrained = tuple[PreTrainedModel, Sequence[float], Sequence[float]]
 
 
 def main(argv: list[str] | None = None) -> list[Run]:
@@ -97,21 +110,34 @@ def build_model(args: ModelArguments, data: ImageData) -> tuple[PreTrainedModel,
             f"--image_size is needed: the first image is {width} x {height}, no square"
         )
     image_size = args.image_size or width
+    build = _wide_resnet if args.model_type == "wide_resnet" else _vit
+    model, mean, std = build(args, image_size, labels)
+    # A folder's name instead of none at all: the model card then says "trained from scratch".
+    model.config.name_or_path = "."
+    processor = ViTImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=list(mean),
+        image_std=list(std),
+        do_convert_rgb=True,  # grey images too: `pipeline` hands over three channels in any case
+    )
+    return model, processor
+
+
+def _vit(args: ModelArguments, image_size: int, labels: dict[str, Any]) -> _Untrained:
     patch_size = args.patch_size or max(1, image_size // 4)
     require_multiple("image_size", image_size, "patch_size", patch_size)
     config = ViTConfig(
         image_size=image_size, patch_size=patch_size, **args.encoder_sizes(), **labels
     )
-    model = ViTForImageClassification(config)
-    # A folder's name instead of none at all: the model card then says "trained from scratch".
-    model.config.name_or_path = "."
-    processor = ViTImageProcessorPil(
-        size={"height": image_size, "width": image_size},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,  # grey images too: `pipeline` hands over three channels in any case
-    )
-    return model, processor
+    return ViTForImageClassification(config), [0.5] * 3, [0.5] * 3
+
+
+def _wide_resnet(args: ModelArguments, image_size: int, labels: dict[str, Any]) -> _Untrained:
+    try:
+        config = WideResNetConfig(image_size=image_size, **args.wide_resnet_sizes(), **labels)
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
+    return WideResNetForImageClassification(config), CIFAR10_MEAN, CIFAR10_STD
 
 
 def compute_accuracy() -> Callable[[EvalPrediction], dict[str, float]]:

@@ -206,6 +206,17 @@ def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_pat
             "--hidden_size 9 --num_attention_heads 2",
             "--hidden_size 9 must be a multiple of --num_a",
         ),
+        ("--depth 10", "--depth has no effect on a vit: it is of --model_type wide_resnet"),
+        (
+            "--model_type wide_resnet --hidden_size 8",
+            "--hidden_size has no effect on a wide_resnet: it is of --model_type vit",
+        ),
+        ("--model_type wide_resnet --patch_size 4", "--patch_size has no effect on a wide_resnet"),
+        ("--model_type wide_resnet --depth 12", "--depth=12 is not allowed. Allowed: 6 n"),
+        ("--model_type wide_resnet --dropout 1", "--dropout=1.0 is not allowed"),
+        ("--model_type resnet", "--model_type.*: invalid choice: .resnet."),
+        ("--model_name_or_path x --model_type vit", "--model_type has no effect with --model_name"),
+        ("--model_name_or_path x --dropout 0", "--dropout has no effect with --model_name"),
         ("--num_hidden_layers 0", "--num_hidden_layers must be 1 or more, got 0"),
         ("--sam_rho 0 --compare_with_plain", "--compare_with_plain has no effect with --sam_rho 0"),
         ("--torch_num_threads 0", "--torch_num_threads must be 1 or more, got 0"),
@@ -217,7 +228,7 @@ def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_pat
 def test_options_that_do_not_fit_are_refused_before_the_training(tmp_path, options, message):
     write_folder(tmp_path / "wide", ("cat", "dog"), size=(5, 9))
     with pytest.raises(InputError, match=message):
-        run(tmp_path / "out", options.format(tmp=tmp_path))
+        run(tmp_path / "out", f"{options} --max_steps 1".format(tmp=tmp_path))
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -282,13 +293,29 @@ def test_the_model_is_pushed_with_its_card_only_if_asked(tmp_path, monkeypatch):
     assert card["dataset"] == "digits"
 
 
-@pytest.mark.parametrize("file", ["digits_asam", "vit_cifar10", "vit_cifar10_small"])
+@pytest.mark.parametrize(
+    "file",
+    ["digits_asam", "vit_cifar10", "vit_cifar10_small", "wrn_cifar10", "wrn_cifar10_small"],
+)
 def test_the_configs_are_valid(file):
     parser = OptionParser((DataArguments, ModelArguments, TrainArguments))
     data_args, model_args, training_args = parser.parse([str(ROOT / "configs" / f"{file}.yaml")])
     assert training_args.sam_rho > 0
     assert training_args.output_dir == f"outputs/{file}"
     assert (data_args.dataset_name is not None) == (model_args.model_name_or_path is not None)
+    assert (model_args.model_type == "wide_resnet") == file.startswith("wrn")
+
+
+def test_the_configs_of_the_wide_resnet_differ_in_size_alone():
+    parser = OptionParser((DataArguments, ModelArguments, TrainArguments))
+    read = [parser.parse([f"{ROOT}/configs/wrn_cifar10{end}.yaml"]) for end in ("", "_small")]
+    assert [(m.depth, m.width) for _, m, _ in read] == [(16, 8), (10, 1)]
+    for data_args, _, args in read:
+        assert data_args.augment
+        assert (args.optim, args.optim_args) == ("sgd", "momentum=0.9")
+        assert (args.learning_rate, args.weight_decay) == (0.1, 5e-4)
+        assert (args.label_smoothing_factor, args.sam_rho) == (0.1, 0.05)
+        assert args.sam_adaptive_scope == "all"  # what ASAM's rho of 2 is for
 
 
 def test_the_plain_run_is_named_after_its_optimizer(tmp_path):
