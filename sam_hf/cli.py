@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -229,6 +230,7 @@ def _landscape(arguments: argparse.Namespace) -> None:
             from .diagnostics.loading import load_model
 
             plane = connecting_plane(objective, load_model(names[1]))
+            plane = replace(plane, labels=[f"from {labels[0]} (0) to {labels[1]} (1)"])
         elif arguments.directions == "eigenvectors":
             plane = eigenvector_plane(objective, dimensions, seed=arguments.seed)
         else:

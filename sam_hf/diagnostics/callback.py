@@ -148,7 +148,8 @@ class SharpnessCallback(TrainerCallback):
 
     def _first_batches(self) -> list[Any]:
         # A loader draws a seed from the global generator.
-        random_state = RandomState({self._trainer.args.device} - {torch.device("cpu")})
+        device = self._trainer.args.device
+        random_state = RandomState([device] if device.type != "cpu" else [])
         loader = self._trainer.get_eval_dataloader(self._dataset)
         batches: list[Any] = []
         left = self._examples

@@ -261,7 +261,7 @@ class Objective:
     @contextmanager
     def _measuring(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
-        random_state = RandomState({self._device} - {torch.device("cpu")})
+        random_state = RandomState([self._device] if self._device.type != "cpu" else [])
         # Accelerate shadows `forward` with one that opens autocast.
         own = self.model.__dict__
         shadow = own.get("forward") if "_original_forward" in own else None

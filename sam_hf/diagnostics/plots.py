@@ -57,7 +57,8 @@ def _plot_lines(landscapes: Sequence[Landscape], path: Path, title: str | None) 
             linewidth=2,
             label=landscape.name,
         )
-    for mark in (0.0, 1.0) if "second" in landscapes[0].labels[0] else (0.0,):
+    joins = any("distance" in landscape.facts for landscape in landscapes)
+    for mark in (0.0, 1.0) if joins else (0.0,):
         axes.axvline(mark, color="0.75", linewidth=1, zorder=0)
     axes.set_xlabel(landscapes[0].labels[0] if _same_labels(landscapes) else "along the direction")
     axes.set_ylabel("loss")
@@ -96,6 +97,7 @@ def _plot_planes(landscapes: Sequence[Landscape], path: Path, title: str | None)
             fontsize=10,
         )
         axes.set_xlabel(landscape.labels[0])
+        axes.locator_params(nbins=5)
         axes.set_aspect("equal" if _is_square(xs, ys) else "auto")
     all_axes[0].set_ylabel(landscapes[0].labels[1])
     if not _same_labels(landscapes):
