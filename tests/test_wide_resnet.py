@@ -170,11 +170,12 @@ def test_an_image_of_the_mean_colour_of_cifar10_becomes_zeros():
 def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
     """One update with learning rate 0 on one batch, against the two passes by hand."""
     epsilon, rho = 0.5, 0.2
-    options = f"--label_smoothing_factor {epsilon} --sam_rho {rho} --max_grad_norm 1e9"
-    run(
-        tmp_path,
-        f"{options} --max_train_samples 16 --max_steps 1 --logging_steps 1 --learning_rate 0",
-    )
+    # Trained first: where the model is sure of the labels, smoothing makes a large difference.
+    run(tmp_path / "sure", "--max_train_samples 16 --max_steps 10 --learning_rate 0.1 --sam_rho 0")
+    options = f"--model_name_or_path {tmp_path}/sure --label_smoothing_factor {epsilon} {BATCHES}"
+    options += f" --sam_rho {rho} --max_grad_norm 1e9 --learning_rate 0 --max_train_samples 16"
+    options += f" --max_steps 1 --logging_steps 1 --use_cpu --output_dir {tmp_path}"
+    main(options.split())
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path).double()
@@ -192,11 +193,11 @@ def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
     with torch.no_grad():
         smoothed, plain = losses(data.test)  # in one batch, by the running statistics
     assert history[-1]["eval_loss"] == pytest.approx(smoothed.item(), rel=1e-4)
-    assert history[-1]["eval_loss"] != pytest.approx(plain.item(), rel=1e-3)
+    assert history[-1]["eval_loss"] != pytest.approx(plain.item(), rel=0.01)
 
     model.train()
     loss, plain = losses(data.train)
-    assert history[0]["loss"] != pytest.approx(plain.item(), rel=1e-2)
+    assert history[0]["loss"] != pytest.approx(plain.item(), rel=0.05)
     weights = list(model.parameters())
     gradient = torch.autograd.grad(loss, weights)
     norm = torch.cat([g.flatten() for g in gradient]).norm()
@@ -212,4 +213,4 @@ def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
         "grad_norm": torch.cat([g.flatten() for g in descent]).norm(),
     }
     for name, value in by_hand.items():
-        assert history[0][name] == pytest.approx(value.item(), rel=1e-3), name
+        assert history[0][name] == pytest.approx(value.item(), rel=1e-2), name
