@@ -227,14 +227,16 @@ class Objective:
         return part
 
     def fingerprint(self) -> str:
-        """A hash of the weights, the buffers and the batches of this process."""
+        """A hash of the weights, the buffers and the batches of all processes."""
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             add_to_hash(digest, tensor)
         for batch in self.batches:
             add_to_hash(digest, batch)
-        return digest.hexdigest()[:16]
+        number = torch.tensor(int.from_bytes(digest.digest()[:6]), device=self._device)
+        sum_over_processes_([number])
+        return f"{int(number.item()):x}"
 
     # ------------------------------------------------------------------------------------- inside
 
