@@ -13,7 +13,14 @@ from comparison_data import Level, Task, at_fractions, noise_levels
 from corruptions import CORRUPTIONS, corrupt
 from experiment import class_labels
 from image_arguments import DataArguments, ModelArguments
-from image_data import ImageData, ImageTensors, LabeledImages, load_image_data
+from image_data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    ImageData,
+    ImageTensors,
+    LabeledImages,
+    load_image_data,
+)
 from labeled_data import draw, load_files, number_labels, read_labels
 from script_utils import InputError
 from torch.utils.data import Dataset
@@ -21,7 +28,6 @@ from train_image_classification import build_model
 from transformers import ViTImageProcessorPil
 from wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CORRUPTED_IMAGES = 2000  # at most, of the test: enough to know a mean over ten kinds
 DIGITS_VIT = {
     "patch_size": 4,

@@ -1,20 +1,42 @@
-"""The README's table of methods is that of the results beside it."""
+"""The README's tables of results are those of the files with all runs."""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from comparison_report import main_table, make_rows  # noqa: E402
+from readme_tables import main, with_tables  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MARKS = re.findall(r"<!-- table: (\S+) (\S+) -->", README)
 
 
-def test_the_table_of_methods_is_made_from_the_committed_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = json.loads((ROOT / "docs" / "compare_methods_digits.json").read_text("utf-8"))
-    shown = readme.split("<!-- methods table -->")[1].split("\n\n")[0].strip()
-    rows, _ = make_rows(results, None, "sam")
-    assert shown == main_table(rows)
+def test_the_tables_are_made_from_the_committed_results(capsys):
+    assert MARKS and with_tables(README, ROOT / "docs") == README
+    assert main(["--check"]) == 0
+    assert "those of the files" in capsys.readouterr().out
+
+
+def test_a_table_that_was_changed_by_hand_is_noticed():
+    numbers = re.compile(r"(<!-- table: .*?\n(?:.*\n){3}.*?)0\.\d", re.MULTILINE)
+    changed = numbers.sub(r"\g<1>0.0", README, count=1)
+    assert changed != README and with_tables(changed, ROOT / "docs") == README
+
+
+def test_every_file_of_results_has_its_table_and_its_picture():
+    files = {f.stem for f in (ROOT / "docs").glob("*.json")}
+    assert files == {name for name, _ in MARKS}
+    for name in files:
+        assert (ROOT / "docs" / f"{name}.png").exists() and f"docs/{name}.png" in README
+
+
+@pytest.mark.parametrize("mark", ["no_such_file main", "compare_methods_digits other"])
+def test_a_mark_that_names_nothing_is_refused(mark):
+    with pytest.raises(ValueError, match="there must be a file"):
+        with_tables(f"<!-- table: {mark} -->\n\n", ROOT / "docs")

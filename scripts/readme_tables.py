@@ -1,0 +1,69 @@
+"""Write the README's tables of results from the files in docs/ that hold every run.
+
+    python scripts/readme_tables.py            # after a file of docs/ has changed
+    python scripts/readme_tables.py --check    # say which tables differ; exit 1 if one does
+
+A table stands between a line `<!-- table: FILE KIND -->` and an empty one. FILE is the name of a
+file of docs/ without its ending, a `results.json` of `compare_methods.py`; KIND is `main` (scores,
+gains, costs), `gain` (gains at each level) or `measures` (calibration, corrupted images, sharpness).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from comparison_measures_table import measures_table
+from comparison_report import gain_table, main_table, make_rows
+
+ROOT = Path(__file__).parents[1]
+TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}
+_PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(?=\n\n|\Z)", re.DOTALL)
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """The text with each table made anew.
+
+    Raises:
+        ValueError: a mark names a file or a kind that there is not.
+    """
+
+    def table(place: re.Match[str]) -> str:
+        mark, name, kind = place.group(1, 2, 3)
+        file = folder / f"{name}.json"
+        if kind not in TABLES or not file.exists():
+            raise ValueError(
+                f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
+                f"must be one of {', '.join(TABLES)}"
+            )
+        rows, _ = make_rows(json.loads(file.read_text("utf-8")), None, "sam")
+        return mark + TABLES[kind](rows).strip()
+
+    return _PLACE.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args(argv).check
+    readme = ROOT / "README.md"
+    old = readme.read_text("utf-8")
+    new = with_tables(old, ROOT / "docs")
+    if new == old:
+        print("the tables are those of the files")
+        return 0
+    if check:
+        print("README.md has tables that differ from docs/", file=sys.stderr)
+        return 1
+    readme.write_text(new, encoding="utf-8")
+    print("README.md: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
