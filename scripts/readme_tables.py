@@ -5,7 +5,8 @@
 
 A table stands between a line `<!-- table: FILE KIND -->` and an empty one. FILE is the name of a
 file of docs/ without its ending, a `results.json` of `compare_methods.py`; KIND is `main` (scores,
-gains, costs), `gain` (gains at each level) or `measures` (calibration, corrupted images, sharpness).
+gains, costs), `gain` (gains at each level) or `measures` (calibration, corrupted images,
+sharpness).
 """
 
 from __future__ import annotations
