@@ -205,7 +205,7 @@ def title(content: dict[str, Any]) -> str:
     plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
     levels = list(dict.fromkeys(in_words(run["level"]) for run in plain))
     what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
-    if " of the data" not in what:
+    if all(level.endswith(" % wrong labels") for level in levels) and " of the data" not in what:
         what = what.replace(" % wrong labels,", ",")
     kind = "images" if "training_images" in settings else "texts"
     return (
