@@ -220,6 +220,7 @@ def wrong(vit, bert, tmp_path):
     Dataset.from_dict({"a": ["x"], "b": ["y"], "n": [7], "k": [1]}).to_parquet(
         tmp_path / "x.parquet"
     )
+    (tmp_path / "wrong.py").write_text("def")
     x = str(tmp_path / "x.parquet")
     other = save_vit(tmp_path / "wide", hidden=32)
     masked = save_bert(tmp_path / "masked", kind=BertForMaskedLM)
@@ -230,12 +231,17 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", vit, "no/such.parquet"], "no data 'no/such.parquet'"),
         (["sharpness", vit, vit + "/config.txt"], "no data"),
         (["sharpness", vit, "--rho", "-1"], "rho=-1.0 is not allowed"),
+        (["sharpness", vit, "--trace_samples", "1"], "trace_samples=1 is not allowed"),
+        (["sharpness", vit, "--params", "(", *FEW], "params='(' does not compile"),
+        (["sharpness", vit, "--split", "test"], "--split test: digits has no splits"),
+        (["landscape", vit, str(tmp_path / "misspelt")], "name the data too"),
         (["sharpness", vit, "--examples", "0"], "'0' is not allowed: a whole number from 1 up"),
         (["sharpness", vit, "--exmples", "4"], "Did you mean --examples?"),
         (["sharpness", vit, "--params", "nose", *FEW], "selects no trainable parameter"),
         (["sharpness", vit, *FEW, "--m", "12"], "m=12 is not allowed: it is no multiple of the 8"),
         (["sharpness", vit, *FEW, "--device", "cuda:9"], "--device cuda:9"),
         (["sharpness", vit, "--plugin", "no_such_module"], "--plugin no_such_module"),
+        (["sharpness", vit, "--plugin", str(tmp_path / "wrong.py")], "wrong.py: "),
         (["sharpness", bert, x], "which column holds the labels? There are a, b, n, k"),
         (["sharpness", bert, x, "--label_column", "z"], "--label_column 'z': there are a, b, n, k"),
         (["sharpness", bert, x, "--label_column", "n"], "the label 7 is none of the model's"),

@@ -57,8 +57,9 @@ def test_the_measures_are_logged_every_so_many_updates_and_at_the_end():
     trainer.train()
     seen = [e for e in trainer.state.log_history if "sharpness/worst_sharpness" in e]
     assert [entry["step"] for entry in seen] == [4, 6]
-    rows = examples(24, seed=5)
-    rows.rows = rows.rows[:16]  # whole batches of 8, until there are 10 examples
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    # whole batches of 8, until there are 10 examples
+    rows = Rows([examples(24, seed=5).rows[i] for i in order[:16]])
     expected = measure(Objective(trainer.model, batches(rows, 8)), QUICK)
     found = {k.removeprefix("sharpness/"): v for k, v in seen[-1].items() if "/" in k}
     assert found == pytest.approx(expected, rel=1e-10)
@@ -83,7 +84,9 @@ def test_the_loss_is_the_trainers_own(tmp_path):
     trainer = bert_trainer(tmp_path, 0, label_smoothing_factor=smoothing)
     trainer.train()
     logged = next(e["sharpness/loss"] for e in trainer.state.log_history if "sharpness/loss" in e)
-    batch = next(iter(trainer.get_eval_dataloader()))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [trainer.eval_dataset[i] for i in order[:8]]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     with torch.no_grad():
         logs = trainer.model.eval()(**batch).logits.log_softmax(-1)
     right = logs.gather(1, batch["labels"][:, None])[:, 0]
@@ -119,7 +122,7 @@ def test_misuse_is_refused_before_the_training():
     for options, said in (
         ({"every": -1}, "every=-1 is not allowed"),
         ({"examples": 0}, "examples=0 is not allowed"),
-        ({"plan": Plan(rho=-1.0)}, "rho=-1.0 is not allowed"),
+        ({"dataset": {"a": examples(4), "b": examples(4)}}, "on one data set, got a, b"),
     ):
         with pytest.raises(ValueError, match=said):
             SharpnessCallback(trainer, **options)
@@ -138,3 +141,53 @@ def test_misuse_is_refused_before_the_training():
     with pytest.raises(ValueError, match=r"weights in torch\.bfloat16"):
         half.train()
     assert half.state.global_step == 0
+
+
+def test_a_group_that_does_not_fit_the_batches_is_refused_before_the_training():
+    trainer = trainer_of(0, plan=Plan(m=5))
+    with pytest.raises(ValueError, match="m=5 is not allowed: it is no multiple of the 8"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_measure_that_fails_is_a_warning_and_the_training_goes_on():
+    trainer = trainer_of(1, sam=False, learning_rate=1e300)
+    with pytest.warns(UserWarning, match="no sharpness at update 1: "):
+        trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_of_the_best_model_the_measures_are_its_own(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = bert_trainer(
+        tmp_path, 1, **saving, load_best_model_at_end=True, learning_rate=30.0, max_steps=3
+    )
+    trainer.train()
+    history = callback_of(trainer).history
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [trainer.eval_dataset[i] for i in order[:8]]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    best = Objective(trainer.model, [batch]).value()
+    assert history["sharpness/best_loss"] == [(3, pytest.approx(best, rel=1e-6))]
+    assert history["sharpness/loss"][-1][1] > best
+    assert "sharpness/best_loss" in callback_of(trainer).model_card_section(tmp_path)
+
+
+def test_trainers_of_trl_log_what_they_would(tmp_path):
+    pytest.importorskip("trl")
+    from text_trainers import TRL, build
+
+    def logs(measured):
+        set_seed(0)
+        args = {"output_dir": str(tmp_path), "max_steps": 2, "logging_steps": 1}
+        trainer = build(TRL["sft"], {"sam_rho": 0.05}, **args)
+        if measured:
+            data = trainer.train_dataset
+            trainer.add_callback(SharpnessCallback(trainer, 1, plan=QUICK, dataset=data))
+        trainer.train()
+        kept = [e for e in trainer.state.log_history if "sharpness/loss" not in e]
+        return [
+            {k: v for k, v in e.items() if "_per_" not in k and "runtime" not in k} for e in kept
+        ]
+
+    assert logs(True) == logs(False)

@@ -47,6 +47,19 @@ def test_random_directions_have_the_lengths_of_the_filters():
     assert not torch.equal(random_plane(objective, seed=4).directions[0][0], first[0])
 
 
+def test_the_filters_of_gpt2_and_of_transposed_convolutions_lie_along_the_second_dimension():
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 2), nn.Flatten(), Conv1D(5, 12))
+    objective = Objective(model, [torch.zeros(2, 3, 2)], loss=lambda m, x: m(x).sum())
+    (direction,) = random_plane(objective, 1).directions
+    pairs = zip(direction, objective.weights, strict=True)
+    lengths = dict(zip(objective.names, pairs, strict=True))
+    for name, others in (("0.weight", (0, 2)), ("2.weight", (0,))):
+        d, w = (x.detach().norm(dim=others) for x in lengths[name])
+        torch.testing.assert_close(d, w, rtol=1e-5, atol=0)
+
+
 def test_the_losses_are_those_at_the_points_of_the_grid():
     model = Quadratic(slope=1.0)
     objective = Objective(model, nothing())
@@ -94,6 +107,32 @@ def test_between_two_models_weights_and_running_statistics_go_along():
     assert found.losses.tolist() == pytest.approx(expected, rel=1e-12)
     assert_same_bits(first, before[0])
     assert_same_bits(second, before[1])
+
+
+def test_a_line_to_a_third_model_does_not_take_the_file_of_the_second(tmp_path):
+    objective, file = classifier(), tmp_path / "line.parquet"
+    others = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        others.append(Classifier())
+    scan(objective, connecting_plane(objective, others[0]), [[0.0, 1.0]], path=file, progress=False)
+    with pytest.raises(ValueError, match="of other weights, data, directions"):
+        plane = connecting_plane(objective, others[1])
+        scan(objective, plane, [[0.0, 1.0]], path=file, progress=False)
+
+
+def test_a_line_that_would_not_end_at_the_second_model_is_refused():
+    torch.manual_seed(0)
+    objective = Objective(Classifier(), batches(examples(4), 4), params="norms")
+    with pytest.raises(ValueError, match=r"first\.weight differs, and params='norms' leaves it"):
+        connecting_plane(objective, Classifier())
+
+
+def test_eigenvectors_that_are_not_found_yet_are_told():
+    values = torch.linspace(1.0, 9.0, 7, dtype=torch.float64)
+    objective = Objective(Quadratic(values), nothing())
+    with pytest.warns(UserWarning, match="iterations=2 are too few"):
+        eigenvector_plane(objective, 2, iterations=2)
 
 
 def test_models_that_differ_are_not_joined():

@@ -203,3 +203,55 @@ def test_the_fingerprint_tells_weights_and_data_apart():
         other.weights[0][0, 0] += 1e-12
     marks.add(other.fingerprint())
     assert len(marks) == 3 and classifier().fingerprint() in marks
+
+
+def test_differences_find_the_sharpest_direction_of_a_large_network_in_float32():
+    torch.manual_seed(0)
+    width = 300  # some 1e5 weights: a step as long as all of them would leave the valley
+    model = nn.Sequential(nn.Linear(20, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(),
+                          nn.Linear(width, 5))  # fmt: skip
+    x, labels = torch.randn(64, 20), torch.randint(0, 5, (64,))
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 3
+
+    def loss(m, batch):
+        return nn.functional.cross_entropy(m(batch[0]), batch[1])
+
+    values = {}
+    for products in ("exact", "differences"):
+        objective = Objective(model, [(x, labels)], loss=loss, products=products)
+        values[products] = top_eigenpairs(objective, tolerance=1e-2).values[0]
+    assert values["differences"] == pytest.approx(values["exact"], rel=0.05)
+
+
+def test_differences_that_depend_on_their_step_are_told():
+    class Kink(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((1,), 1e-9, dtype=torch.float64))
+
+        def forward(self, x):
+            return {"loss": self.w.abs().sum() + 0 * x.sum()}
+
+    objective = Objective(Kink(), nothing(), products="differences")
+    with pytest.warns(UserWarning, match="when the step is halved"):
+        objective.hessian_product([torch.ones(1, dtype=torch.float64)])
+
+
+def test_modules_that_write_buffers_while_they_are_evaluated_are_put_back():
+    class Counts(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x, labels=None):
+            self.seen += 1
+            self.last = self.seen.clone()
+            return super().forward(x, labels)
+
+    model = Counts()
+    last = model.last
+    measure(Objective(model, batches(examples(8), 4)))
+    assert model.seen == 0 and model.last is last and last == 0

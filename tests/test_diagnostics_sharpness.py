@@ -16,6 +16,7 @@ from torch.func import functional_call
 from sam_hf.diagnostics import (
     Ball,
     Objective,
+    Plan,
     average_sharpness,
     gradient_noise,
     perturbation_budget,
@@ -132,6 +133,38 @@ def test_a_concave_point_has_no_negative_worst_case():
     objective = Objective(model, nothing())
     assert worst_sharpness(objective, Ball(0.1)).value == 0
     assert average_sharpness(objective, Ball(0.1)).value < 0
+
+
+def test_a_ball_with_a_loss_or_a_gradient_that_is_no_number_is_infinitely_sharp():
+    class Log(torch.nn.Module):
+        def __init__(self, at):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([at], dtype=torch.float64))
+
+        def forward(self, x):
+            return {"loss": -self.w.log().sum() + 0 * x.sum()}
+
+    class Root(Log):
+        def forward(self, x):
+            return {"loss": self.w.sqrt().sum() + 0 * x.sum()}
+
+    for model in (Log(0.01), Root(0.0)):
+        assert worst_sharpness(Objective(model, nothing()), Ball(0.05)).value == math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rho": -1.0}, "rho=-1.0 is not allowed"),
+        ({"trace_samples": 1}, "trace_samples=1 is not allowed"),
+        ({"samples": 1}, "samples=1 is not allowed"),
+        ({"eigenvalues": 4, "iterations": 3}, "iterations=3 is not allowed"),
+        ({"m": 0}, "m=0 is not allowed"),
+    ],
+)
+def test_a_plan_that_cannot_be_measured_is_refused_when_it_is_made(options, said):
+    with pytest.raises(ValueError, match=said):
+        Plan(**options)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ ORDER = [
     "update",
     "trainer",
     "diagnostics",
+    "cli_arguments",
     "cli",
 ]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -20,6 +22,21 @@ def sum_over_processes_(tensors: Sequence[Tensor]) -> None:
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             assert work is not None
             work.wait()
+
+
+def largest_over_processes(number: int, device: torch.device) -> int:
+    """All processes must call it."""
+    if not is_distributed():
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor.item())
+
+
+def from_main_process_(tensor: Tensor) -> None:
+    """Write what the first process has into the tensor of every one. All must call it."""
+    if is_distributed():
+        dist.broadcast(tensor, 0)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,4 +69,6 @@ def _kind_of_shards(model: nn.Module) -> str:
         return "weights that DeepSpeed keeps"
     if any(isinstance(p, DTensor) for p in model.parameters()):
         return "sharded weights (FSDP2 or tensor parallelism)"
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "sharded weights (FSDP1)"
     return ""

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..replay import RandomState
+from ..side_effects import SideEffects, undoing
 from .batches import batch_size
+from .estimates import check_count
 from .objective import Objective
 from .plots import plot_history
 from .report import Plan, measure
+from .sharpness import groups_of
 
 PREFIX = "sharpness/"
+BEST = "sharpness/best_"
 PICTURE = "sharpness"
+
+# Of a trainer: data, and what a signal's handler may have asked for. They are no state of a loss.
+_NOT_RESTORED = ("train_dataset", "eval_dataset", "control")
 
 
 class SharpnessCallback(TrainerCallback):
@@ -28,11 +35,14 @@ class SharpnessCallback(TrainerCallback):
         trainer = SAMTrainer(...)  # or any Trainer
         trainer.add_callback(SharpnessCallback(trainer, every=100))
 
-    The measures are those of `measure`, of the loss that the trainer computes, on the first
-    examples of its evaluation set (or of what `dataset` is). Training goes on as if nothing had
-    been measured: weights, gradients, random state, running statistics and counters are as they
-    were. The history is drawn into `sharpness.png` and `.svg` in the output folder, and stands on
-    the model card.
+    The measures are those of `measure`, of the loss that the trainer computes, on examples drawn
+    from its evaluation set (or from `dataset`). Training goes on as if nothing had been measured:
+    weights, gradients, buffers, random state and the trainer's counters are as they were. The
+    history is drawn into `sharpness.png` and `.svg` in the output folder. The model cards of
+    trainers with SAM show it.
+
+    With `load_best_model_at_end` the best model is measured too, as `sharpness/best_*`. A measure
+    that fails (a loss that is no number) is a warning, and the training goes on.
 
     On several processes with whole weights (DDP) each measures its own examples; the results are
     those of all. Sharded weights are refused when training begins.
@@ -46,7 +56,7 @@ class SharpnessCallback(TrainerCallback):
         params: which weights the loss is a function of, as in `Objective`.
 
     Raises:
-        ValueError: `every` or `examples` is not allowed, or there are no data.
+        ValueError: `every` or `examples` is not allowed, or there is not one data set.
     """
 
     def __init__(
@@ -59,20 +69,22 @@ class SharpnessCallback(TrainerCallback):
         dataset: Any = None,
         params: str = "all",
     ) -> None:
-        for name, value, least in (("every", every, 0), ("examples", examples, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"{name}={value!r} is not allowed. Allowed: a whole number from {least} up."
-                )
-        if dataset is None and trainer.eval_dataset is None:
+        check_count("every", every, 0)
+        check_count("examples", examples, 1)
+        dataset = trainer.eval_dataset if dataset is None else dataset
+        if dataset is None:
             raise ValueError(
                 "SharpnessCallback has no data: give dataset=, or the trainer an eval_dataset"
+            )
+        if isinstance(dataset, Mapping) and not hasattr(dataset, "features"):
+            raise ValueError(
+                f"SharpnessCallback measures on one data set, got {', '.join(map(str, dataset))}: "
+                "give dataset="
             )
         self.history: dict[str, list[tuple[int, float]]] = {}
         """For each measure pairs of update and value."""
         self._trainer, self._every, self._examples = trainer, every, examples
         self._plan, self._dataset, self._params = plan or Plan(), dataset, params
-        self._plan.balls()  # raises now what it would raise in the middle of the training
         self._batches: list[Any] | None = None
         self._last: int | None = None
 
@@ -80,22 +92,28 @@ class SharpnessCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._batches, self._last = None, None
-        self._objective(kwargs["model"])  # a layout that cannot be measured is refused now
+        objective = self._objective(kwargs["model"])  # a layout that is refused is refused now
+        if self._plan.m is not None:
+            groups_of(objective, self._plan.m)
         self.history = self._logged(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._every and state.global_step % self._every == 0:
-            self._measure(kwargs["model"], state)
+            self._measure(kwargs["model"], state, PREFIX)
+            self._last = state.global_step
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._last != state.global_step:
-            self._measure(kwargs["model"], state)
+        is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if is_best:  # its weights are loaded, and those of the last update are gone
+            self._measure(kwargs["model"], state, BEST)
+        elif self._last != state.global_step:
+            self._measure(kwargs["model"], state, PREFIX)
         self._batches = None
-        if state.is_world_process_zero and self.history:
+        if state.is_world_process_zero and self._shown():
             try:
                 title = f"Sharpness on {self._examples} examples"
                 plot_history(self._shown(), Path(str(args.output_dir)) / PICTURE, title=title)
@@ -119,7 +137,11 @@ class SharpnessCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------- inside
 
     def _shown(self) -> dict[str, Sequence[tuple[int, float]]]:
-        return {k: v for k, v in self.history.items() if not k.endswith("_error")}
+        return {
+            name: pairs
+            for name, pairs in self.history.items()
+            if not name.startswith(BEST) and not name.endswith(("_error", "_residual"))
+        }
 
     @staticmethod
     def _logged(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
@@ -131,26 +153,33 @@ class SharpnessCallback(TrainerCallback):
                     found.setdefault(name, []).append((int(entry["step"]), value))
         return found
 
-    def _measure(self, model: nn.Module, state: TrainerState) -> None:
-        values = {f"{PREFIX}{k}": v for k, v in measure(self._objective(model), self._plan).items()}
+    def _measure(self, model: nn.Module, state: TrainerState, prefix: str) -> None:
+        side_effects = SideEffects(self._trainer, state, skip=_NOT_RESTORED)
+        try:
+            with undoing(side_effects.restore):
+                found = measure(self._objective(model), self._plan)
+        except (ValueError, ArithmeticError) as error:  # it may be too large for a float
+            warnings.warn(f"no sharpness at update {state.global_step}: {error}", stacklevel=2)
+            return
+        values = {f"{prefix}{name}": value for name, value in found.items()}
         for name, value in values.items():
             self.history.setdefault(name, []).append((state.global_step, value))
-        self._last = state.global_step
         control = self._trainer.control
         is_due = control.should_log
-        self._trainer.log(dict(values))
+        # Trainer's own: those of subclasses add what they have gathered for the training's log.
+        Trainer.log(self._trainer, dict(values))
         control.should_log = is_due  # else the Trainer would take its own log for written
 
     def _objective(self, model: nn.Module) -> Objective:
         if self._batches is None:
-            self._batches = self._first_batches()
+            self._batches = self._drawn_batches()
         return Objective(model, self._batches, loss=self._loss, params=self._params)
 
-    def _first_batches(self) -> list[Any]:
+    def _drawn_batches(self) -> list[Any]:
         # A loader draws a seed from the global generator.
         device = self._trainer.args.device
         random_state = RandomState([device] if device.type != "cpu" else [])
-        loader = self._trainer.get_eval_dataloader(self._dataset)
+        loader = self._trainer.get_eval_dataloader(_shuffled(self._dataset, self._plan.seed))
         batches: list[Any] = []
         left = self._examples
         for batch in loader:
@@ -170,3 +199,14 @@ class SharpnessCallback(TrainerCallback):
         loss = compute(self._trainer, model, inputs)
         result: Tensor = loss[0] if isinstance(loss, tuple) else loss
         return result.mean() if result.ndim else torch.as_tensor(result)
+
+
+def _shuffled(dataset: Any, seed: int) -> Any:
+    """In a random order: sets that are sorted by class begin with one class. Streams stay."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return dataset
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    if hasattr(dataset, "select"):
+        return dataset.select(order)
+    return torch.utils.data.Subset(dataset, order)

@@ -40,28 +40,29 @@ def gradient_noise(objective: Objective) -> GradientNoise:
     .. math:: \operatorname{tr} \Sigma = \frac{b}{K - 1} \sum_k \|G_k - \bar G\|^2, \qquad
               |G|^2 = \|\bar G\|^2 - \frac{\operatorname{tr} \Sigma}{K b}
 
-    A last batch that is smaller is left out.
+    The batches must be drawn at random: where they are sorted by class, their gradients differ
+    more. A last batch that is smaller is left out.
 
     Raises:
         ValueError: there are fewer than two batches of one size.
 
     Cost: one forward-backward pass over the examples.
     """
-    size, count, squares = objective.batch_sizes[0], 0, 0.0
-    total = [torch.zeros_like(w) for w in objective.weights]
-    for its_size, grads in objective.batch_gradients():
-        if its_size == size:
-            count += 1
-            squares += dot(grads, grads)
-            torch._foreach_add_(total, grads)
-    counts = torch.tensor([count, squares], dtype=torch.float64, device=total[0].device)
-    sum_over_processes_([*total, counts])
-    count, squares = int(counts[0].item()), float(counts[1].item())
+    size, squares = objective.usual_size, 0.0
+    count = objective.usual_batches
     if count < 2:
         raise ValueError(
             f"the gradient noise needs two batches of {size} examples or more, and there is "
             f"{count}: use smaller batches"
         )
+    total = [torch.zeros_like(w) for w in objective.weights]
+    for its_size, grads in objective.batch_gradients():
+        if its_size == size:
+            squares += dot(grads, grads)
+            torch._foreach_add_(total, grads)
+    sum_of_squares = torch.tensor(squares, dtype=torch.float64, device=total[0].device)
+    sum_over_processes_([*total, sum_of_squares])
+    squares = float(sum_of_squares.item())
     torch._foreach_div_(total, count)
     mean = dot(total, total)
     noise = size * (squares - count * mean) / (count - 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from tqdm.auto import tqdm
 
-from ..backends.processes import is_main_process, unwrap
+from ..backends.processes import from_main_process_, is_main_process, unwrap
 from ..options_file import replacing
+from .batches import add_to_hash
 from .hessian import top_eigenpairs
 from .objective import Objective
 from .vectors import norm
 
-DIRECTIONS = ("random", "eigenvectors")
 _SECONDS_BETWEEN_WRITES = 5.0
 
 
@@ -59,6 +62,7 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
             lengths of their filters.
     """
     generator = torch.Generator().manual_seed(seed)
+    outputs = _output_dimensions(objective.model)
     directions = []
     for _ in range(dimensions):
         direction = objective.random_vector(generator)
@@ -66,12 +70,22 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
             if d.ndim < 2:
                 d.zero_()
                 continue
-            rows, own = d.flatten(1), w.detach().flatten(1)
-            lengths = rows.norm(dim=1, keepdim=True)
-            rows.mul_(own.norm(dim=1, keepdim=True) / lengths.clamp_min(1e-30))
+            others = [i for i in range(d.ndim) if i != outputs.get(id(w), 0)]
+            own, drawn = (vector_norm(x, dim=others, keepdim=True) for x in (w.detach(), d))
+            d.mul_(own / drawn.clamp_min(1e-30))
         directions.append(direction)
     labels = ["random direction, filter-normalised", "another random direction"][:dimensions]
     return Plane(directions, labels, facts={"directions": "random", "seed": seed})
+
+
+def _output_dimensions(model: nn.Module) -> dict[int, int]:
+    """The dimension that counts the filters, where it is not the first one, by the weight's id."""
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return {
+        id(module.weight): 1
+        for module in model.modules()
+        if isinstance(module, transposed) or type(module).__name__ == "Conv1D"  # of GPT-2
+    }
 
 
 def eigenvector_plane(
@@ -87,9 +101,16 @@ def eigenvector_plane(
             f"dimensions={dimensions} is not allowed: the Hessian has {len(pairs.values)} "
             "different eigenvalues. Allowed: no more"
         )
+    for value, residual in zip(pairs.values, pairs.residuals, strict=True):
+        if residual > 0.1 * abs(value):
+            warnings.warn(
+                f"the eigenvalue {value:.3g} is known to ±{residual:.2g}, and its vector less "
+                f"well: iterations={iterations} are too few",
+                stacklevel=2,
+            )
     labels = [f"eigenvector of λ = {value:.3g}" for value in pairs.values]
-    facts = {"directions": "eigenvectors", "seed": seed, "eigenvalues": pairs.values}
-    facts["residuals"] = pairs.residuals
+    facts = {"directions": "eigenvectors", "seed": seed, "iterations": iterations}
+    facts |= {"eigenvalues": pairs.values, "residuals": pairs.residuals}
     return Plane(pairs.vectors, labels, facts=facts)
 
 
@@ -100,7 +121,8 @@ def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
     BatchNorm are not those of the weights in between: there the loss is higher than it need be.
 
     Raises:
-        ValueError: the other model has other weights.
+        ValueError: the other model has weights of other shapes, or differs in weights that the
+            objective does not move.
     """
     theirs = unwrap(other).state_dict()
     ours = objective.model.state_dict()
@@ -117,6 +139,16 @@ def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
     theirs = {name: x.to(ours[name].device) for name, x in theirs.items()}
     by_name = dict(unwrap(other).named_parameters())
     own_names = {id(p): name for name, p in objective.model.named_parameters()}
+    moved_names = {own_names[id(w)] for w in objective.weights}
+    for name, parameter in objective.model.named_parameters():
+        if name not in moved_names and not torch.equal(parameter, theirs[name]):
+            raise ValueError(
+                f"the line would not end at the second model: {name} differs, and "
+                f"params={objective.params!r} leaves it where it is. Allowed: 'all', with no "
+                "frozen weights that differ"
+            )
+    digest = hashlib.sha256()
+    add_to_hash(digest, theirs)
     with torch.no_grad():
         direction = [by_name[own_names[id(w)]].to(w.device, w.dtype) - w for w in objective.weights]
         moved = {
@@ -125,6 +157,7 @@ def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
             if name in theirs and x.is_floating_point() and not torch.equal(x, theirs[name])
         }
     facts = {"directions": "between two models", "distance": norm(direction)}
+    facts["second_model"] = digest.hexdigest()[:16]
     return Plane([direction], ["from the first model (0) to the second (1)"], moved, facts)
 
 
@@ -188,8 +221,8 @@ def scan(
     facts |= {"examples": objective.example_count, "loss_at_weights": objective.value()}
     losses = torch.full([len(axis) for axis in axes], math.nan, dtype=torch.float64)
     landscape = Landscape(name, plane.labels, axes, losses, facts)
-    if path is not None and path.exists():
-        _take_over(landscape, read_landscape(path), path)
+    if path is not None:
+        _take_over(landscape, path)
     points = [tuple(i) for i in losses.isnan().nonzero().tolist()]
     bar = tqdm(
         total=losses.numel(),
@@ -278,15 +311,30 @@ def read_landscape(path: Path) -> Landscape:
     return Landscape(known["name"], known["labels"], coordinates, shaped, known["facts"])
 
 
-def _take_over(landscape: Landscape, found: Landscape, path: Path) -> None:
-    """Take what the file holds, if it is of the same thing."""
-    is_same = landscape.coordinates == found.coordinates and all(
-        landscape.facts.get(key) == found.facts.get(key)
-        for key in ("weights_and_data", "directions", "seed", "params")
-    )
-    if not is_same:
+_SAME = ("weights_and_data", "directions", "seed", "iterations", "second_model", "params")
+
+
+def _take_over(landscape: Landscape, path: Path) -> None:
+    """Take what the file of an earlier scan holds, if there is one and it is of the same thing.
+
+    The first process reads it: the others may not see its disk.
+    """
+    state = torch.zeros((), dtype=torch.long)  # 0: nothing there, 1: taken, 2: of something else
+    if is_main_process() and path.exists():
+        found = read_landscape(path)
+        ours, theirs = landscape.facts, found.facts
+        is_same = landscape.coordinates == found.coordinates and all(
+            ours.get(key) == theirs.get(key) for key in _SAME
+        )
+        at_w = theirs.get("loss_at_weights", math.nan)  # another loss has another value there
+        is_same &= math.isclose(ours["loss_at_weights"], at_w, rel_tol=1e-3, abs_tol=1e-9)
+        state.fill_(1 if is_same else 2)
+        if is_same:
+            landscape.losses.copy_(found.losses)
+    from_main_process_(state)
+    if int(state) == 2:
         raise ValueError(
             f"{path} holds a landscape of other weights, data, directions or points: choose "
             "another folder, or delete it"
         )
-    landscape.losses.copy_(found.losses)
+    from_main_process_(landscape.losses)

@@ -38,7 +38,7 @@ class DataOptions:
     Args:
         name: "digits", a file (parquet, csv, json, jsonl), a folder of images or of a saved data
             set, or a name on the Hub, with a configuration behind a colon ("nyu-mll/glue:rte").
-        split: of what has splits.
+        split: of what has splits; "train" if None. Refused for what has none.
         examples: how many, drawn by `seed`.
         batch_size: of the passes.
         text_columns: those that hold texts; the first (two) with strings if empty.
@@ -46,7 +46,7 @@ class DataOptions:
     """
 
     name: str = DIGITS
-    split: str = "train"
+    split: str | None = None
     examples: int = 512
     batch_size: int = 64
     seed: int = 0
@@ -100,7 +100,7 @@ def import_plugin(name: str) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-    except (ImportError, OSError) as error:
+    except Exception as error:  # whatever the file does
         raise UnusableError(f"--plugin {name}: {error}") from error
 
 
@@ -112,13 +112,15 @@ def load_batches(
     Raises:
         UnusableError: there are no such data, or they do not fit the model.
     """
+    if options.split is not None and (options.name == DIGITS or Path(options.name).is_file()):
+        raise UnusableError(f"--split {options.split}: {options.name} has no splits")
     if options.name == DIGITS:
         columns: Any = _digits()
     else:
         columns = _data_set(options)
     drawn = list(range(len(columns)))
     random.Random(options.seed).shuffle(drawn)
-    rows = columns.select(sorted(drawn[: options.examples]))
+    rows = columns.select(drawn[: options.examples])  # in this order: batches are random too
     kind = type(model).__name__
     prepare = (_images if "Image" in kind else _sequences if "Sequence" in kind else _language)(
         rows, options, model, model_name
@@ -150,7 +152,7 @@ def _digits() -> Any:
 def _data_set(options: DataOptions) -> Any:
     import datasets
 
-    path, split = Path(options.name), options.split
+    path, split = Path(options.name), options.split or "train"
     try:
         if path.is_file():
             if path.suffix not in _BUILDERS:
@@ -168,7 +170,10 @@ def _data_set(options: DataOptions) -> Any:
     except UnusableError:
         raise
     except Exception as error:  # what it raises depends on the builder
-        raise UnusableError(f"no data {options.name!r} (split {split!r}): {error}") from error
+        raise UnusableError(
+            f"no data {options.name!r} (split {split!r}; to compare with a model on the Hub, name "
+            f"the data too): {error}"
+        ) from error
 
 
 def _column(rows: Any, wanted: str | None, option: str, found: Sequence[str], what: str) -> str:
@@ -238,10 +243,13 @@ def _images(rows: Any, options: DataOptions, model: nn.Module, model_name: str) 
 def _sequences(rows: Any, options: DataOptions, model: nn.Module, model_name: str) -> Any:
     tokenizer = _from_pretrained("AutoTokenizer", model_name)
     labels, columns = _labels(rows, options, model), _text_columns(rows, options, most=2)
+    most = min(512, _longest(model, tokenizer))
 
     def prepare(some: Any) -> dict[str, Tensor]:
         texts = [some[column] for column in columns]
-        tokens = tokenizer(*map(list, texts), padding=True, truncation=True, return_tensors="pt")
+        tokens = tokenizer(
+            *map(list, texts), padding=True, truncation=True, max_length=most, return_tensors="pt"
+        )
         return {**tokens, "labels": labels(some)}
 
     return prepare
@@ -250,16 +258,23 @@ def _sequences(rows: Any, options: DataOptions, model: nn.Module, model_name: st
 def _language(rows: Any, options: DataOptions, model: nn.Module, model_name: str) -> Any:
     tokenizer = _from_pretrained("AutoTokenizer", model_name)
     (column,) = _text_columns(rows, options, most=1)
+    most = min(512, _longest(model, tokenizer))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def prepare(some: Any) -> dict[str, Tensor]:
         tokens = tokenizer(
-            list(some[column]), padding=True, truncation=True, max_length=512, return_tensors="pt"
+            list(some[column]), padding=True, truncation=True, max_length=most, return_tensors="pt"
         )
         labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
         return {**tokens, "labels": labels}
 
     return prepare
+
+
+def _longest(model: nn.Module, tokenizer: Any) -> int:
+    """How many tokens the model takes."""
+    config: Any = model.config
+    return int(min(getattr(config, "max_position_embeddings", 512), tokenizer.model_max_length))
 
 
 def _text_columns(rows: Any, options: DataOptions, most: int) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backends.processes import is_distributed, sum_over_processes_, unwrap
+from ..backends.processes import is_distributed, largest_over_processes, sum_over_processes_, unwrap
 from ..params import select_parameters
 from ..perturbation import HALF, Perturbation
 from ..replay import RandomState
@@ -65,7 +67,10 @@ class Objective:
         if products not in PRODUCTS:
             raise ValueError(f"products={products!r} is not allowed. Allowed: {PRODUCTS}.")
         self.model = unwrap(model)
-        named = select_parameters(self.model, params)
+        try:
+            named = select_parameters(self.model, params)
+        except re.error as error:
+            raise ValueError(f"params={params!r} does not compile: {error}") from error
         trainable = {name: p for name, p in named.items() if p.requires_grad}
         self.params = params
         self.names = list(trainable)
@@ -81,6 +86,7 @@ class Objective:
         if not self.batches:
             raise ValueError("batches is empty: at least one batch is needed")
         self.products = products
+        self._has_warned = False
         self._loss = loss or loss_of_model
         self._device = self.weights[0].device
         self.is_shared = is_distributed()
@@ -93,6 +99,11 @@ class Objective:
         total = torch.tensor(float(sum(self.batch_sizes)), dtype=torch.float64, device=self._device)
         sum_over_processes_([total])
         self.example_count = int(total.item())
+        # Of all processes: what one of them does, all must do.
+        self.usual_size = largest_over_processes(self.batch_sizes[0], self._device)
+        usual = torch.tensor(self.batch_sizes.count(self.usual_size), device=self._device)
+        sum_over_processes_([usual])
+        self.usual_batches = int(usual.item())
 
     @property
     def parameter_count(self) -> int:
@@ -127,9 +138,11 @@ class Objective:
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """∇²L(w) v, for v with one tensor for each of `names`.
 
-        Central differences move the weights by ±ε v with ε = u^(1/3) (1 + |w|) / |v|, u the
-        spacing of the floating-point numbers at 1 (Nocedal and Wright, Numerical Optimization,
-        2nd ed., section 8.1).
+        Central differences move the weights by ±ε v and ±ε v / 2, with ε = u^(2/5) (1 + r) / |v|, u
+        the spacing of the floating-point numbers at 1 and r the root mean square of the weights,
+        and are extrapolated to ε = 0 (Richardson; Nocedal and Wright, Numerical Optimization, 2nd
+        ed., section 8.1). Along the sharpest directions a loss bends within a distance that does
+        not grow with the number of weights, so that the step must not either.
         """
         if self.products == "differences":
             return self._difference_product(vector)
@@ -164,9 +177,7 @@ class Objective:
         derivative.
         """
         distance = norm(torch._foreach_sub(list(exact), list(differences)))
-        unit = torch.finfo(self.weights[0].dtype).eps
-        of_gradient = norm(self.gradient()) * norm(vector) / (1 + norm(self.weights))
-        rounding = 100 * unit ** (2 / 3) * of_gradient
+        rounding = 100 * norm(self.gradient()) * norm(vector) * self._unit / self._distance
         return bool(distance <= max(0.5 * norm(exact), 0.5 * norm(differences), rounding))
 
     def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
@@ -183,12 +194,36 @@ class Objective:
         sum_over_processes_(total)
         return total
 
+    @property
+    def _unit(self) -> float:
+        return torch.finfo(self.weights[0].dtype).eps
+
+    @property
+    def _distance(self) -> float:
+        """How far central differences move the weights."""
+        size = norm(self.weights) / math.sqrt(self.parameter_count)
+        return float(self._unit ** (2 / 5) * (1 + size))
+
     def _difference_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         length = norm(vector)
         if length == 0:
             return [torch.zeros_like(v) for v in vector]
-        unit = torch.finfo(self.weights[0].dtype).eps
-        step = unit ** (1 / 3) * (1 + norm(self.weights)) / length
+        step = self._distance / length
+        far, near = (self._difference(vector, s) for s in (step, step / 2))
+        # What both have in common, and the part of the error that shrinks with the step's square
+        change = torch._foreach_sub(near, far)
+        if not self._has_warned and norm(change) > 0.2 * norm(near):
+            self._has_warned = True
+            warnings.warn(
+                "Hessian products by central differences change by "
+                f"{norm(change) / norm(near):.0%} when the step is halved: the loss is not smooth, "
+                "or its gradient is rounded, at this scale",
+                stacklevel=4,
+            )
+        torch._foreach_add_(near, change, alpha=1 / 3)
+        return near
+
+    def _difference(self, vector: Sequence[Tensor], step: float) -> list[Tensor]:
         with self.moved(vector, step):
             ahead = self.gradient()
         with self.moved(vector, -step):
@@ -218,12 +253,20 @@ class Objective:
         ]
 
     def subset(self, positions: Sequence[int]) -> Objective:
-        """The loss over some of the batches."""
+        """The loss over some of the batches.
+
+        Raises:
+            ValueError: other processes have batches too.
+        """
+        if self.is_shared:
+            raise ValueError("a part of the batches cannot be taken with several processes")
         part = object.__new__(Objective)
         part.__dict__.update(self.__dict__)
         part.batches = [self.batches[i] for i in positions]
         part.batch_sizes = [self.batch_sizes[i] for i in positions]
         part.example_count = sum(part.batch_sizes)
+        part.usual_size = part.batch_sizes[0]
+        part.usual_batches = part.batch_sizes.count(part.usual_size)
         return part
 
     def fingerprint(self) -> str:
@@ -263,6 +306,13 @@ class Objective:
     @contextmanager
     def _measuring(self) -> Iterator[None]:
         modes = [(module, module.training) for module in self.model.modules()]
+        # Also of modules that count, or keep something, while they are evaluated.
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         random_state = RandomState([self._device] if self._device.type != "cpu" else [])
         # Accelerate shadows `forward` with one that opens autocast.
         own = self.model.__dict__
@@ -278,4 +328,8 @@ class Objective:
                 own["forward"] = shadow
             for module, was_training in modes:
                 module.training = was_training
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    module._buffers[name] = buffer
             random_state.restore()

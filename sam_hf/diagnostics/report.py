@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .estimates import check_count
 from .gradients import gradient_noise, perturbation_budget
 from .hessian import hessian_trace, top_eigenpairs
 from .objective import Objective
@@ -25,8 +26,12 @@ class Plan:
         eigenvalues: how many of the largest.
         iterations: of the Lanczos method, at most.
         trace_samples: of `hessian_trace`.
+        seed: of all that is drawn.
         noise: measure the noise of the gradients, if there are two batches or more.
         budget: say which weights the perturbation is spent on.
+
+    Raises:
+        ValueError: a number is not allowed.
     """
 
     rho: float = 0.05
@@ -43,12 +48,19 @@ class Plan:
     budget: bool = True
     seed: int = 0
 
-    def balls(self) -> dict[str, Ball]:
-        """SAM's ball, and ASAM's if asked for, by the prefix of what is measured in it.
+    def __post_init__(self) -> None:
+        self.balls()
+        for name in ("steps", "eigenvalues"):
+            check_count(name, getattr(self, name), 0)
+        for name in ("samples", "trace_samples"):
+            if getattr(self, name) != 0:
+                check_count(name, getattr(self, name), 2)
+        check_count("iterations", self.iterations, max(1, self.eigenvalues))
+        if self.m is not None:
+            check_count("m", self.m, 1)
 
-        Raises:
-            ValueError: a radius or eta is not allowed.
-        """
+    def balls(self) -> dict[str, Ball]:
+        """SAM's ball, and ASAM's if asked for, by the prefix of what is measured in it."""
         balls = {"": Ball(self.rho)}
         if self.adaptive:
             balls["adaptive_"] = Ball(self.adaptive_rho, adaptive=True, eta=self.eta)
@@ -89,7 +101,7 @@ def measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[st
     if plan.trace_samples:
         trace = hessian_trace(objective, samples=plan.trace_samples, seed=plan.seed)
         yield {"hessian_trace": trace.value, "hessian_trace_error": trace.error}
-    if plan.noise and objective.batch_sizes.count(objective.batch_sizes[0]) > 1:
+    if plan.noise and objective.usual_batches > 1:
         noise = gradient_noise(objective)
         yield {"gradient_noise": noise.noise, "gradient_noise_scale": noise.scale}
         yield {"squared_gradient_norm": noise.squared_norm}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from curved import batches
 from tiny import Classifier, examples, sam_trainer, weights
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import set_seed
 
@@ -64,12 +64,21 @@ def trained() -> list[dict]:
     ]
 
 
+def uneven() -> dict:
+    """One process has a batch less, and a smaller one."""
+    rows = batches(examples(15), SIZE)
+    mine = rows[:2] if dist.get_rank() == 0 else rows[2:]
+    return measure(Objective(model(), mine), PLAN)
+
+
 def refusals() -> dict[str, str]:
     said = {}
+    flat = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
     sharded = model()
     fully_shard(sharded)
     for name, action in (
         ("shards", lambda: Objective(sharded, batches(examples(4), 4))),
+        ("flat", lambda: Objective(flat, batches(examples(4), 4))),
         ("m", lambda: worst_sharpness(Objective(model(), batches(examples(4), 4)), m=4)),
     ):
         try:
@@ -85,6 +94,7 @@ def main(folder: Path) -> None:
     mine = batches(examples(N), SIZE)[rank :: dist.get_world_size()]
     found = measured(mine, folder / "landscape.parquet")
     found["refusals"] = refusals()
+    found["uneven"] = uneven()
     found["logs"] = trained()
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
