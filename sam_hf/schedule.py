@@ -48,8 +48,9 @@ def learning_rate_share(optimizer: Any) -> float:
     ReduceLROnPlateau, the learning rate that the optimizer was made with.
     """
     shares = []
+    usual = getattr(optimizer, "defaults", {}).get("lr")  # DeepSpeed's optimizers have none
     for group in optimizer.param_groups if optimizer is not None else []:
-        if highest := group.get("initial_lr", optimizer.defaults.get("lr")):
+        if highest := group.get("initial_lr", usual):
             shares.append(float(group["lr"]) / float(highest))
     return max(shares, default=1.0)
 
