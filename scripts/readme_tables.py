@@ -3,7 +3,7 @@
     python scripts/readme_tables.py            # after a file of docs/ has changed
     python scripts/readme_tables.py --check    # say which tables differ; exit 1 if one does
 
-A table stands between a line `<!-- table: FILE KIND -->` and an empty one. FILE is the name of a
+A table stands below a line `<!-- table: FILE KIND -->`. FILE is the name of a
 file of docs/ without its ending, a `results.json` of `compare_methods.py`; KIND is `main` (scores,
 gains, costs), `gain` (gains at each level) or `measures` (calibration, corrupted images,
 sharpness).
@@ -22,7 +22,7 @@ from comparison_report import gain_table, main_table, make_rows
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}
-_PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(.*?)(?=\n\n|\Z)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(?:\|.*\n)*")
 
 
 def with_tables(text: str, folder: Path) -> str:
@@ -41,7 +41,7 @@ def with_tables(text: str, folder: Path) -> str:
                 f"must be one of {', '.join(TABLES)}"
             )
         rows, _ = make_rows(json.loads(file.read_text("utf-8")), None, "sam")
-        return mark + TABLES[kind](rows).strip()
+        return f"{mark}{TABLES[kind](rows).strip()}\n"
 
     return _PLACE.sub(table, text)
 
