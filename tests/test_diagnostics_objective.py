@@ -255,3 +255,20 @@ def test_modules_that_write_buffers_while_they_are_evaluated_are_put_back():
     last = model.last
     measure(Objective(model, batches(examples(8), 4)))
     assert model.seen == 0 and model.last is last and last == 0
+
+
+def test_exact_products_stay_where_the_differences_are_no_judge():
+    class Kinks(nn.Module):
+        """Smooth but for kinks, which differences with any step see, and no derivative does."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.full((4,), 1e-9, dtype=torch.float64))
+
+        def forward(self, x):
+            return {"loss": self.w.square().sum() + self.w.abs().sum() + 0 * x.sum()}
+
+    objective = Objective(Kinks(), nothing())
+    v = [torch.ones(4, dtype=torch.float64)]
+    torch.testing.assert_close(objective.hessian_product(v)[0], 2 * v[0])
+    assert objective.products == "exact"

@@ -25,6 +25,7 @@ Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: the mean over the examples of the batch, a scalar."""
 
 PRODUCTS = ("auto", "exact", "differences")
+_TRUSTED = 0.2  # differences that change by more when their step is halved
 
 
 class Objective:
@@ -155,8 +156,7 @@ class Objective:
         except (RuntimeError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
         else:
-            other = self._difference_product(vector)
-            if self._is_near(product, other, vector):
+            if not self._is_refuted(product, vector):
                 self.products = "exact"
                 return product
             # A kernel that computes its gradient in the forward pass loses the rest without a word.
@@ -168,17 +168,17 @@ class Objective:
         self.products = "differences"
         return self._difference_product(vector)
 
-    def _is_near(
-        self, exact: Sequence[Tensor], differences: Sequence[Tensor], vector: Sequence[Tensor]
-    ) -> bool:
-        """Whether both are of one size and direction, or so small that rounding is all there is.
+    def _is_refuted(self, exact: Sequence[Tensor], vector: Sequence[Tensor]) -> bool:
+        """Whether differences that can be trusted tell that the exact product is a wrong one.
 
-        Not nearer than that: where ReLUs switch, a difference sees curvature that has no
-        derivative.
+        They cannot where they depend on their step, as where ReLUs switch, nor where both are so
+        small that rounding is all there is.
         """
-        distance = norm(torch._foreach_sub(list(exact), list(differences)))
+        differences, change = self._differences(vector)
         rounding = 100 * norm(self.gradient()) * norm(vector) * self._unit / self._distance
-        return bool(distance <= max(0.5 * norm(exact), 0.5 * norm(differences), rounding))
+        distance = norm(torch._foreach_sub(list(exact), differences))
+        is_far = distance > max(0.5 * norm(exact), 0.5 * norm(differences), rounding)
+        return bool(is_far and change < _TRUSTED)
 
     def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(w) for w in self.weights]
@@ -205,23 +205,29 @@ class Objective:
         return float(self._unit ** (2 / 5) * (1 + size))
 
     def _difference_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        length = norm(vector)
-        if length == 0:
-            return [torch.zeros_like(v) for v in vector]
-        step = self._distance / length
-        far, near = (self._difference(vector, s) for s in (step, step / 2))
-        # What both have in common, and the part of the error that shrinks with the step's square
-        change = torch._foreach_sub(near, far)
-        if not self._has_warned and norm(change) > 0.2 * norm(near):
+        product, change = self._differences(vector)
+        if change > _TRUSTED and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                "Hessian products by central differences change by "
-                f"{norm(change) / norm(near):.0%} when the step is halved: the loss is not smooth, "
-                "or its gradient is rounded, at this scale",
-                stacklevel=4,
+                f"Hessian products by central differences change by {change:.0%} when the step is "
+                "halved: the loss is not smooth, or its gradient is rounded, at this scale",
+                stacklevel=3,
             )
+        return product
+
+    def _differences(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """The extrapolated differences, and by which part they change as the step is halved."""
+        length = norm(vector)
+        if length == 0:
+            return [torch.zeros_like(v) for v in vector], 0.0
+        step = self._distance / length
+        far, near = (self._difference(vector, s) for s in (step, step / 2))
+        # The error shrinks with the square of the step: a third of the change is what is left.
+        change = torch._foreach_sub(near, far)
+        size = norm(near)
+        part = norm(change) / size if size > 0 else 0.0
         torch._foreach_add_(near, change, alpha=1 / 3)
-        return near
+        return near, part
 
     def _difference(self, vector: Sequence[Tensor], step: float) -> list[Tensor]:
         with self.moved(vector, step):
