@@ -25,6 +25,16 @@ PREFIX = "sharpness/"
 BEST = "sharpness/best_"
 PICTURE = "sharpness"
 
+# What the picture shows, by the name in the log: few enough to be read in one glance.
+_DRAWN = {
+    "loss": "loss",
+    "worst_sharpness": "worst-case sharpness, SAM's ball",
+    "adaptive_worst_sharpness": "worst-case sharpness, ASAM's ball",
+    "hessian_eigenvalue": "largest Hessian eigenvalue",
+    "hessian_trace": "trace of the Hessian",
+    "gradient_noise_scale": "gradient noise scale (examples)",
+}
+
 # Of a trainer: data, and what a signal's handler may have asked for. They are no state of a loss.
 _NOT_RESTORED = ("train_dataset", "eval_dataset", "control")
 
@@ -137,11 +147,8 @@ class SharpnessCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------- inside
 
     def _shown(self) -> dict[str, Sequence[tuple[int, float]]]:
-        return {
-            name: pairs
-            for name, pairs in self.history.items()
-            if not name.startswith(BEST) and not name.endswith(("_error", "_residual"))
-        }
+        logged = {title: self.history.get(f"{PREFIX}{name}") for name, title in _DRAWN.items()}
+        return {title: pairs for title, pairs in logged.items() if pairs}
 
     @staticmethod
     def _logged(state: TrainerState) -> dict[str, list[tuple[int, float]]]:

@@ -128,6 +128,7 @@ def plot_history(
         axes.plot(*zip(*pairs, strict=True), "o-", color=COLOURS[0], markersize=4)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("updates")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         axes.spines[["top", "right"]].set_visible(False)
     if title:
