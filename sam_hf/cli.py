@@ -18,7 +18,6 @@ from .cli_arguments import build_parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Misuse ends in one line and exit code 2, Ctrl-C in 130."""
     arguments = build_parser().parse_args(argv)
-    # Each warning in one line, without that of some library's code.
     try:
         import torch
 
@@ -26,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _fail(f"{error}: pip install 'sam-hf[diagnostics]'")
     shown = warnings.showwarning
+    # Each warning in one line, without that of some library's code.
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         (_sharpness if arguments.command == "sharpness" else _landscape)(arguments)
@@ -91,7 +91,8 @@ def _sharpness(arguments: argparse.Namespace) -> None:
 
 
 def _landscape(arguments: argparse.Namespace) -> None:
-    from .diagnostics.landscape import connecting_plane, eigenvector_plane, random_plane, scan
+    from .diagnostics.landscape import scan
+    from .diagnostics.planes import connecting_plane, eigenvector_plane, random_plane
     from .diagnostics.plots import plot_landscapes
 
     names, data = _models_and_data([arguments.model, *arguments.more])

@@ -53,6 +53,7 @@ def test_the_callback_under_ddp_logs_the_same_on_both_processes(ranks):
 def test_shards_and_groups_over_processes_are_refused_with_the_way_out(ranks):
     for rank in ranks:
         assert "sharded weights" in rank["refusals"]["shards"]
+        assert "choose another folder, or delete it" in rank["refusals"]["file"]
         assert "FSDP1" in rank["refusals"]["flat"]
         assert "sam-hf sharpness FOLDER" in rank["refusals"]["shards"]
         assert "m=4 is not allowed with several processes" in rank["refusals"]["m"]

@@ -33,10 +33,16 @@ def largest_over_processes(number: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
-def from_main_process_(tensor: Tensor) -> None:
-    """Write what the first process has into the tensor of every one. All must call it."""
+def from_main_process_(tensor: Tensor, device: torch.device) -> None:
+    """Write what the first process has into the tensor of every one. All must call it.
+
+    Args:
+        device: that on which the processes talk to each other; the tensor may lie elsewhere.
+    """
     if is_distributed():
-        dist.broadcast(tensor, 0)
+        there = tensor.to(device)
+        dist.broadcast(there, 0)
+        tensor.copy_(there)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -15,17 +15,9 @@ from .callback import SharpnessCallback
 from .estimates import Estimate
 from .gradients import GradientNoise, gradient_noise, perturbation_budget
 from .hessian import Eigenpairs, hessian_trace, top_eigenpairs
-from .landscape import (
-    Landscape,
-    Plane,
-    connecting_plane,
-    eigenvector_plane,
-    random_plane,
-    read_landscape,
-    scan,
-    write_landscape,
-)
+from .landscape import Landscape, read_landscape, scan, write_landscape
 from .objective import Objective
+from .planes import Plane, connecting_plane, eigenvector_plane, random_plane
 from .plots import plot_history, plot_landscapes
 from .report import Plan, measure
 from .sharpness import Ball, average_sharpness, worst_sharpness

@@ -71,13 +71,20 @@ def uneven() -> dict:
     return measure(Objective(model(), mine), PLAN)
 
 
-def refusals() -> dict[str, str]:
+def refusals(folder: Path) -> dict[str, str]:
     said = {}
+    other = folder / "other.parquet"  # the first process alone knows what is in it
+    if dist.get_rank() == 0:
+        other.write_bytes(b"nothing")
+    dist.barrier()
+    whole = Objective(model(), batches(examples(4), 4))
+    line = random_plane(whole, 1)
     flat = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
     sharded = model()
     fully_shard(sharded)
     for name, action in (
         ("shards", lambda: Objective(sharded, batches(examples(4), 4))),
+        ("file", lambda: scan(whole, line, [AXIS], path=other, progress=False)),
         ("flat", lambda: Objective(flat, batches(examples(4), 4))),
         ("m", lambda: worst_sharpness(Objective(model(), batches(examples(4), 4)), m=4)),
     ):
@@ -93,7 +100,7 @@ def main(folder: Path) -> None:
     rank = dist.get_rank()
     mine = batches(examples(N), SIZE)[rank :: dist.get_world_size()]
     found = measured(mine, folder / "landscape.parquet")
-    found["refusals"] = refusals()
+    found["refusals"] = refusals(folder)
     found["uneven"] = uneven()
     found["logs"] = trained()
     torch.save(found, folder / f"rank{rank}.pt")
