@@ -33,17 +33,32 @@ PASSES = ("ascent", "descent")
 all_scopes = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 both_passes = pytest.mark.parametrize("failing_pass", PASSES)
 all_methods_and_scopes = pytest.mark.parametrize(("method", "scope"), methods_and_scopes())
-all_passes = pytest.mark.parametrize(
-    ("method", "scope", "failing_pass"),
-    [
-        (method, scope, failing_pass)
-        for method, scope in methods_and_scopes(lambda method: method.perturbs)
-        # The one pass of a method at w + e counts as an ascent.
-        for failing_pass in PASSES[: 1 + has_two_passes(METHODS[method])]
-    ],
-)
 forward_and_backward = pytest.mark.parametrize("where", ["forward", "backward"])
 every_micro_batch = pytest.mark.parametrize("index", range(K))
+
+
+def _at_micro_batches(*cases: tuple[str, ...]) -> list[tuple[str | int, ...]]:
+    """The cases, which begin with a method, with each micro-batch for SAM itself.
+
+    With the middle one alone for the others: they say what e is, and the code that fails is SAM's.
+    """
+    return [(*case, i) for case in cases for i in (range(K) if case[0] == "sam" else (K // 2,))]
+
+
+all_methods_at_micro_batches = pytest.mark.parametrize(
+    ("method", "scope", "index"), _at_micro_batches(*methods_and_scopes())
+)
+all_passes_at_micro_batches = pytest.mark.parametrize(
+    ("method", "scope", "failing_pass", "index"),
+    _at_micro_batches(
+        *(
+            (method, scope, failing_pass)
+            for method, scope in methods_and_scopes(lambda method: method.perturbs)
+            # The one pass of a method at w + e counts as an ascent.
+            for failing_pass in PASSES[: 1 + has_two_passes(METHODS[method])]
+        )
+    ),
+)
 
 Fault = Callable[[Tensor], Tensor]
 Notice = Callable[[str], None]

@@ -12,8 +12,8 @@ from faulty import (
     TINY_RHO,
     Faulty,
     K,
-    all_methods_and_scopes,
-    all_passes,
+    all_methods_at_micro_batches,
+    all_passes_at_micro_batches,
     all_scopes,
     assert_same,
     both_passes,
@@ -36,8 +36,7 @@ from sam_hf import SAMConfig, SAMTrainer
 # ---- What is left when the exception leaves the training step --------------------------------
 
 
-@all_passes
-@every_micro_batch
+@all_passes_at_micro_batches
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
@@ -65,9 +64,8 @@ def test_weights_are_those_of_the_last_update_bitwise_whatever_fails(
     assert left.replaced_methods == []
 
 
-@all_methods_and_scopes
+@all_methods_at_micro_batches
 @forward_and_backward
-@every_micro_batch
 def test_a_failed_descent_leaves_all_but_the_gradients_as_the_ascent_left_it(
     method: str, scope: str, where: str, index: int
 ) -> None:
@@ -95,9 +93,8 @@ def test_a_failed_descent_with_masks_of_its_own_gives_back_the_random_numbers_it
     assert left.generators == expected.generators
 
 
-@all_methods_and_scopes
+@all_methods_at_micro_batches
 @forward_and_backward
-@every_micro_batch
 def test_a_failed_descent_leaves_the_gradients_of_earlier_micro_batches_and_no_part_of_its_own(
     method: str, scope: str, where: str, index: int
 ) -> None:
@@ -107,9 +104,8 @@ def test_a_failed_descent_leaves_the_gradients_of_earlier_micro_batches_and_no_p
     assert_same(left.gradients, gradients_before(index * (scope != "batch"), method, scope))
 
 
-@all_methods_and_scopes
+@all_methods_at_micro_batches
 @forward_and_backward
-@every_micro_batch
 def test_a_failed_ascent_leaves_what_it_leaves_in_a_plain_trainer(
     method: str, scope: str, where: str, index: int
 ) -> None:
@@ -152,9 +148,8 @@ def test_a_failed_pass_at_w_plus_e_that_is_the_only_one_leaves_what_it_leaves_in
 # ---- Again ------------------------------------------------------------------------------------
 
 
-@all_passes
+@all_passes_at_micro_batches
 @forward_and_backward
-@every_micro_batch
 def test_training_again_after_a_failure_equals_a_fresh_run_from_the_same_weights(
     method: str, scope: str, failing_pass: str, where: str, index: int
 ) -> None:

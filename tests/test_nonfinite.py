@@ -15,6 +15,7 @@ from faulty import (
     Faulty,
     K,
     all_methods_and_scopes,
+    all_methods_at_micro_batches,
     all_scopes,
     assert_same,
     bad_gradient,
@@ -86,8 +87,7 @@ def trained(
 # ---- Without a scaler -------------------------------------------------------------------------
 
 
-@all_methods_and_scopes
-@every_micro_batch
+@all_methods_at_micro_batches
 @every_fault
 def test_a_nonfinite_ascent_perturbs_nothing_and_the_step_is_the_plain_one(
     method: str, scope: str, index: int, fault: Fault
@@ -114,8 +114,7 @@ def test_a_nonfinite_ascent_is_logged_as_no_perturbation_and_never_as_nan(
     assert second["sam_perturbation_norm"] > 0
 
 
-@all_methods_and_scopes
-@every_micro_batch
+@all_methods_at_micro_batches
 @every_fault
 def test_a_nonfinite_descent_is_to_the_trainer_what_it_is_without_sam(
     method: str, scope: str, index: int, fault: Fault
