@@ -157,7 +157,13 @@ class CifarArguments:
     model: Literal["wrn", "vit"] | None = field(
         default=None, metadata={"help": "wrn (if not given): a Wide-ResNet. vit: a small ViT."}
     )
+    patch_size: int = field(
+        default=4, metadata={"help": "Of the ViT: side of its patches. 8 costs a quarter of 4."}
+    )
     image_column: str = field(default="img", metadata={"help": "Column with the images."})
+    augment: bool = field(
+        default=True, metadata={"help": "Train on random crops and horizontal flips."}
+    )
     labels_file: str | None = field(
         default=None,
         metadata={
@@ -203,10 +209,11 @@ class Options(TextArguments, CifarArguments, FileArguments, ComparisonArguments)
             for f in fields(group):
                 if not has_them and getattr(self, f.name) != f.default:
                     raise ValueError(f"--{f.name} has no effect without {what}")
-        if self.model == "vit":
-            for name in ("depth", "width", "dropout"):
+        sizes = {"wrn": ("depth", "width", "dropout"), "vit": ("patch_size",)}
+        for owner, names in sizes.items():
+            for name in names if owner != (self.model or "wrn") else ():
                 if getattr(self, name) != getattr(CifarArguments, name):
-                    raise ValueError(f"--{name} has no effect with --model vit: it is of the WRN")
+                    raise ValueError(f"--{name} has no effect without --model {owner}")
         if self.task != "digits" and not self.from_json:
             for name in ("train_file", "validation_file"):
                 if getattr(self, name) is None:
@@ -228,6 +235,7 @@ class Options(TextArguments, CifarArguments, FileArguments, ComparisonArguments)
             "max_train_samples": 1,
             "max_eval_samples": 1,
             "max_length": 8,
+            "patch_size": 1,
         }
         for name, low in least.items():
             value = getattr(self, name)

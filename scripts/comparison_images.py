@@ -37,7 +37,6 @@ DIGITS_VIT = {
     "intermediate_size": 256,
 }
 CIFAR10_VIT = {
-    "patch_size": 4,
     "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -172,7 +171,10 @@ def cifar10(options: Any) -> ImageTask:
         levels = noise_levels(options, (0.0, 0.4), ImageTask.tuning_noise) | levels
     data.train = data.train.take(kept)
     build = {"wrn": _wide_resnet, "vit": _vit}[options.model or "wrn"]
-    return ImageTask(data=data, augment=True, levels=levels, **build(options, data))
+    parts = build(options, data)
+    if not options.augment:
+        parts["settings"]["augment"] = False
+    return ImageTask(data=data, augment=options.augment, levels=levels, **parts)
 
 
 def _wide_resnet(options: Any, data: ImageData) -> dict[str, Any]:
@@ -192,12 +194,13 @@ def _wide_resnet(options: Any, data: ImageData) -> dict[str, Any]:
 
 
 def _vit(options: Any, data: ImageData) -> dict[str, Any]:
-    arguments = ModelArguments(image_size=32, **CIFAR10_VIT)
+    sizes = {"patch_size": options.patch_size, **CIFAR10_VIT}
+    arguments = ModelArguments(image_size=32, **sizes)
     return {
         "new_model": lambda: build_model(arguments, data)[0],
         "processor": build_model(arguments, data)[1],
         "training": dict(ADAMW),
-        "settings": {"model": {"vit": CIFAR10_VIT}},
+        "settings": {"model": {"vit": sizes}},
     }
 
 

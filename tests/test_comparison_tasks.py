@@ -73,7 +73,18 @@ def test_a_small_vit_takes_the_place_of_the_wide_resnet(cifar):
     task = build_task(Options(**cifar, model="vit"))
     assert task.model(0).config.model_type == "vit"
     assert task.training["learning_rate"] == 1e-3 and "optim" not in task.training
-    assert list(task.settings["model"]) == ["vit"]
+    assert task.settings["model"]["vit"]["patch_size"] == 4
+    coarse = build_task(Options(**cifar, model="vit", patch_size=8))
+    assert coarse.model(0).config.patch_size == 8
+    assert coarse.settings["model"]["vit"]["patch_size"] == 8
+
+
+def test_images_are_augmented_unless_they_are_not_to_be_and_the_results_say_so(cifar):
+    for augment in (True, False):
+        task = build_task(Options(**cifar, augment=augment))
+        train, scored = task.sets("worse_label", 0, is_tuning=False)
+        assert (train.augment, scored.augment) == (augment, False)
+        assert ("augment" in task.settings) == (not augment)
 
 
 def test_a_part_of_the_images_keeps_the_labels_that_people_gave(cifar):
@@ -108,7 +119,8 @@ def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
         ({"label_column": None}, "go together"),
         ({"label_column": ["worst"]}, "no column 'worst'"),
         ({"depth": 12}, "--depth=12 is not allowed"),
-        ({"model": "vit", "width": 2}, "--width has no effect with --model vit"),
+        ({"model": "vit", "width": 2}, "--width has no effect without --model wrn"),
+        ({"patch_size": 8}, "--patch_size has no effect without --model vit"),
     ],
 )
 def test_wrong_options_of_cifar_are_refused(cifar, changes, said):
