@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from script_utils import InputError, check_training_arguments, checkpoint_to_resume
-from shared_arguments import ClassifierArguments, ModelArguments
+from shared_arguments import ClassifierArguments, ModelArguments, SharpnessArguments
 from training_utils import (
     LayoutLine,
     Run,
@@ -23,6 +23,8 @@ from training_utils import (
 )
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
+
+from sam_hf.diagnostics import SharpnessCallback
 
 
 def prepare(args: Any) -> str | None:
@@ -106,6 +108,7 @@ def train_and_compare(
     if resume_from is not None:
         load_checkpoint_weights(model, resume_from)
     trainer = build(args, model=model)
+    watch_sharpness(trainer, args)
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
     trainer.add_callback(LayoutLine(trainer))
@@ -113,8 +116,31 @@ def train_and_compare(
     if initial_model is not None:
         plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
         plain_trainer = build(plain_args, model=initial_model)
+        watch_sharpness(plain_trainer, plain_args)
         runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics))
     return trainer, runs
+
+
+def watch_sharpness(trainer: Trainer, args: Any) -> None:
+    """Let --sharpness_every have its way, in scripts that have this option.
+
+    Raises:
+        InputError: the weights are not whole, or there are no examples to measure on.
+    """
+    if not isinstance(args, SharpnessArguments) or args.sharpness_every is None:
+        return
+    layouts = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
+    for layout, is_used in layouts.items():
+        if is_used:
+            raise InputError(
+                f"--sharpness_every does not go with {layout}: measure the saved model with "
+                "`sam-hf sharpness`"
+            )
+    examples = args.sharpness_examples or 256
+    try:
+        trainer.add_callback(SharpnessCallback(trainer, args.sharpness_every, examples=examples))
+    except ValueError as error:
+        raise InputError(f"--sharpness_every: {error}") from error
 
 
 def method_name(args: Any) -> str:
@@ -156,7 +182,8 @@ def save_results(
     metric = in_words(runs[0].metric)
     plot_curves(runs, f"{title}: test {metric} against compute", folder / "curves.png")
     print(f"\n{title}, final models (pass: one forward and backward over the training set)")
-    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, curves.png")
+    pictures = [name for name in ("curves.png", "sharpness.png") if (folder / name).exists()]
+    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, {', '.join(pictures)}")
 
 
 def publish(trainer: Trainer, card: dict[str, Any]) -> None:

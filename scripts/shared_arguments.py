@@ -254,7 +254,37 @@ class ScriptArguments:
 
 
 @dataclass
-class SearchArguments(ScriptArguments):
+class SharpnessArguments(ScriptArguments):
+    """The options of scripts whose loss is a function of the weights and of fixed examples."""
+
+    sharpness_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure every so many updates how sharp the loss is around the weights, on "
+            "evaluation examples, log it as sharpness/* and draw it; 0: at the end alone. Not with "
+            "FSDP or DeepSpeed."
+        },
+    )
+    sharpness_examples: int | None = field(
+        default=None,
+        metadata={
+            "help": "On how many of them. 256 if not given. A measure is some 200 passes over "
+            "them, in batches of --per_device_eval_batch_size."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("sharpness_every", 0), ("sharpness_examples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be {least} or more, got {value}")
+        if self.sharpness_examples is not None and self.sharpness_every is None:
+            raise ValueError("--sharpness_examples has no effect without --sharpness_every")
+
+
+@dataclass
+class SearchArguments(SharpnessArguments):
     """The options of scripts that can search for sam_rho first."""
 
     search_rho: int = field(

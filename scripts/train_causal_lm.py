@@ -29,7 +29,7 @@ from experiment import (
 )
 from lm_data import DataArguments, all_texts, load_lm_data, train_tokenizer
 from script_utils import InputError, OptionParser, leave_for_missing_package, run_script
-from shared_arguments import ModelArguments, ScriptArguments, output_dir_field
+from shared_arguments import ModelArguments, SharpnessArguments, output_dir_field
 from training_utils import Run
 from transformers import (
     AutoModelForCausalLM,
@@ -119,7 +119,7 @@ class LanguageModelArguments(ModelArguments):
 
 
 @dataclass
-class TrainArguments(ScriptArguments, SAMConfig, SFTConfig):
+class TrainArguments(SharpnessArguments, SAMConfig, SFTConfig):
     """The options of TRL's SFTTrainer with those of SAM, and the comparison."""
 
     output_dir: str = output_dir_field("outputs/causal_lm", "tokenizer")

@@ -30,7 +30,7 @@ from experiment import (
 from labeled_data import require_column
 from lm_data import all_texts, load_source, require_texts, train_tokenizer
 from script_utils import InputError, OptionParser, run_script
-from shared_arguments import ModelArguments, ScriptArguments, SourceArguments, output_dir_field
+from shared_arguments import ModelArguments, SharpnessArguments, SourceArguments, output_dir_field
 from stdlib_docstrings import describe_source, read_docstrings
 from training_utils import Run
 from transformers import (
@@ -86,7 +86,7 @@ class DataArguments(SourceArguments):
 
 
 @dataclass
-class TrainArguments(ScriptArguments, SAMConfig, Seq2SeqTrainingArguments):
+class TrainArguments(SharpnessArguments, SAMConfig, Seq2SeqTrainingArguments):
     """The options of the Seq2SeqTrainer with those of SAM, and the comparison."""
 
     output_dir: str = output_dir_field("outputs/summarization", "tokenizer")
