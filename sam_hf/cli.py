@@ -68,6 +68,7 @@ def _sharpness(arguments: argparse.Namespace) -> None:
     )
     objective = _objective(arguments, arguments.model, arguments.data)
     folder = _folder(arguments, f"outputs/sharpness/{Path(arguments.model).name}")
+    _refuse_other_model(folder / "sharpness.json", arguments)
     values: dict[str, float] = {}
     result = {
         "model": arguments.model,
@@ -90,6 +91,21 @@ def _sharpness(arguments: argparse.Namespace) -> None:
     print(f"\nsaved in {folder}: sharpness.json")
 
 
+def _refuse_other_model(path: Path, arguments: argparse.Namespace) -> None:
+    """Folders are named by the last part of a model's name, which others may share."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for key in ("model", "data"):
+        before, now = found.get(key), getattr(arguments, key)
+        if before != now:
+            raise ValueError(
+                f"{path} holds the measures of {key} {before!r}, and now it is {now!r}: choose "
+                "another --output_dir, or delete it"
+            )
+
+
 def _landscape(arguments: argparse.Namespace) -> None:
     from .diagnostics.landscape import scan
     from .diagnostics.planes import connecting_plane, eigenvector_plane, random_plane
@@ -101,8 +117,8 @@ def _landscape(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--directions between needs two models, got {len(names)}: {names}")
     if is_between and arguments.dimensions == 2:
         raise ValueError("--dimensions 2 is not allowed with --directions between: it is a line")
-    if not arguments.span > 0:
-        raise ValueError(f"--span {arguments.span} is not allowed. Allowed: above 0")
+    if not 0 < arguments.span < math.inf:
+        raise ValueError(f"--span {arguments.span} is not allowed. Allowed: finite, above 0")
     if arguments.points < 2:
         raise ValueError(f"--points {arguments.points} is not allowed. Allowed: 2 and more")
     dimensions = arguments.dimensions or (1 if is_between else 2)
@@ -182,6 +198,7 @@ def _objective(arguments: argparse.Namespace, name: str, data: str) -> Any:
         arguments.seed,
         arguments.text_column,
         arguments.label_column,
+        arguments.image_column,
     )
     batches = load_batches(options, model, name)
     return Objective(model, batches, params=arguments.params)

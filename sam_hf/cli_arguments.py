@@ -44,7 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--examples", type=_count, default=512, help="so many, drawn (default: %(default)s)"
     )
-    data.add_argument("--batch_size", type=_count, default=64, help="default: %(default)s")
+    data.add_argument(
+        "--batch_size",
+        type=_count,
+        default=64,
+        help="of the passes; the loss of a language model, a mean over batches, depends on it "
+        "(default: %(default)s)",
+    )
     data.add_argument(
         "--text_column",
         action="append",
@@ -52,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="with texts; twice for pairs (default: the first of strings)",
     )
     data.add_argument("--label_column", help="default: label, labels or the only one of numbers")
+    data.add_argument("--image_column", help="default: the first with images")
     run = shared.add_argument_group("run")
     run.add_argument(
         "--iterations", type=_count, default=40, help="of the Lanczos method, at most (default: 40)"
@@ -61,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="all",
         help="weights: all, norms, matrices, or a regular expression (default: %(default)s)",
     )
-    run.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    run.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
     run.add_argument("--device", help="default: cuda if there is one, else cpu")
     run.add_argument(
         "--output_dir", help="default: outputs/landscape, or outputs/sharpness/ and MODEL's name"
@@ -136,6 +143,13 @@ def _count(text: str) -> int:
     value = _count_or_none(text)
     if value == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed: a whole number from 1 up")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _count_or_none(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed: below 2^63")
     return value
 
 

@@ -19,8 +19,9 @@ on where it was. The table:
     gain              over plain training, in points: mean of the differences seed by seed, averaged
                       over the noise levels, with the interval of the paired t-test
     share             of the gain of --reference, with Fieller's interval over the same pairs. "-":
-                      the reference has no gain to have a share of
-    gain, equal       the same over plain training that is longer: as many passes as the recipe
+                      the reference has no gain whose interval is above zero
+    gain, equal       the same over plain training that is longer: as many passes as the recipe,
+                      to the nearest twentieth
     passes            examples that go forward and backward, counted at the model, in units of plain
                       training. Those of a backward pass that skips some weights' gradients count in
                       full; `time` tells what that saves
@@ -51,7 +52,7 @@ from comparison_report import report
 from comparison_runs import ResultsFile, RunSpec, plain_length, read_results, run_all
 from comparison_tasks import build_task
 from comparison_tuning import conclude, read_rho_file, read_searches, warn_of_other_settings
-from script_utils import InputError, OptionParser, run_script
+from script_utils import InputError, OptionParser, require_writable, run_script
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -61,9 +62,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(options.output_dir)
     if options.from_json is not None:
         _refuse_options_of_training(options)
+        require_writable(options.output_dir)
         content = read_results(Path(options.from_json))
         report(content, options.recipes, options.reference, folder)
         return content
+    require_writable(options.output_dir)
     torch.set_num_threads(options.torch_num_threads)
     book = RecipeBook.read(options.recipes_file)
     if options.tune:

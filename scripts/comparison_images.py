@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison_data import Level, Task, at_fractions, noise_levels
+from comparison_data import Level, Task, at_fractions, hash_of, noise_levels
 from corruptions import CORRUPTIONS, corrupt
 from experiment import class_labels
 from image_arguments import DataArguments, ModelArguments
@@ -163,7 +163,7 @@ def cifar10(options: Any) -> ImageTask:
         )
     )
     kept = draw(len(data.train), options.max_train_samples)
-    human = {} if options.labels_file is None else _human_labels(options, data)
+    human, identity = ({}, None) if options.labels_file is None else _human_labels(options, data)
     levels: dict[str, Level] = at_fractions(
         {c: labels[kept] for c, labels in human.items()}, options
     )
@@ -172,6 +172,8 @@ def cifar10(options: Any) -> ImageTask:
     data.train = data.train.take(kept)
     build = {"wrn": _wide_resnet, "vit": _vit}[options.model or "wrn"]
     parts = build(options, data)
+    if identity is not None:
+        parts["settings"]["labels_file"] = identity
     if not options.augment:
         parts["settings"]["augment"] = False
     return ImageTask(data=data, augment=options.augment, levels=levels, **parts)
@@ -204,8 +206,8 @@ def _vit(options: Any, data: ImageData) -> dict[str, Any]:
     }
 
 
-def _human_labels(options: Any, data: ImageData) -> dict[str, np.ndarray]:
-    """The class numbers in each --label_column, one for each training image.
+def _human_labels(options: Any, data: ImageData) -> tuple[dict[str, np.ndarray], str]:
+    """The class numbers in each --label_column, one for each training image; a hash of the file.
 
     Raises:
         InputError: the rows are not those of the training images.
@@ -231,4 +233,5 @@ def _human_labels(options: Any, data: ImageData) -> dict[str, np.ndarray]:
                 f"--labels_file {options.labels_file!r}: {differing} values of its clean_label "
                 "differ from the labels of --train_file: the rows are in another order"
             )
-    return {name: column(name) for name in options.label_column}
+    identity = hash_of(*(np.array(table[name]) for name in sorted(table.column_names)))
+    return {name: column(name) for name in options.label_column}, identity

@@ -16,6 +16,8 @@ from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 from transformers import EvalPrediction, Trainer
 
+from sam_hf.diagnostics import Objective, Plan, measure
+
 BINS = 15
 SHARPNESS = {
     "examples": 256,  # of the training, with the labels that were trained on
@@ -125,9 +127,7 @@ def measure_model(trainer: Trainer, task: Task, spec: Any, with_sharpness: bool)
 
 
 def measure_sharpness(trainer: Trainer, task: Task, spec: Any) -> dict[str, float | None]:
-    """That of the training loss; empty where the weights are not finite."""
-    from sam_hf.diagnostics import Objective, Plan, measure  # needs more packages than the core
-
+    """That of the training loss; empty where the training has ended in what is no number."""
     model = trainer.model
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         return {}
@@ -140,7 +140,11 @@ def measure_sharpness(trainer: Trainer, task: Task, spec: Any) -> dict[str, floa
         for start in range(0, len(chosen), size)
     ]
     plan = Plan(samples=0, noise=False, budget=False, **settings)
-    return {name: finite(value) for name, value in measure(Objective(model, batches), plan).items()}
+    try:
+        found = measure(Objective(model, batches), plan)
+    except (ValueError, ArithmeticError):  # weights that are finite, and a loss that is not
+        return {}
+    return {name: finite(value) for name, value in found.items()}
 
 
 def finite(value: float) -> float | None:

@@ -37,7 +37,7 @@ def draw_gain_and_cost(
     axes.plot(
         *(lengths, [100 * gain for gain in gains], "--"),
         color=PLAIN_STYLE[0],
-        label="plain training that takes as long",
+        label=f"plain training that takes as {'long' if is_timed else 'many passes'}",
     )
     points = []
     for row in rows:

@@ -204,13 +204,16 @@ def title(content: dict[str, Any]) -> str:
     settings = content["settings"]
     plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
     levels = list(dict.fromkeys(in_words(run["level"]) for run in plain))
+    parts = {part + of for part, of, _ in (x.rpartition(" of the data, ") for x in levels)}
+    shared = parts.pop() if len(parts) == 1 else ""
+    levels = [level.removeprefix(shared) for level in levels]
     what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
     if all(level.endswith(" % wrong labels") for level in levels) and " of the data" not in what:
         what = what.replace(" % wrong labels,", ",")
     kind = "images" if "training_images" in settings else "texts"
     return (
         f"{settings['task']}, {settings[f'training_{kind}']} training {kind}: "
-        f"{what}, {len({run['seed'] for run in plain})} seeds"
+        f"{shared}{what}, {len({run['seed'] for run in plain})} seeds"
     )
 
 

@@ -52,16 +52,15 @@ def share(gains: Sequence[float], reference_gains: Sequence[float]) -> Estimate:
 
     The interval is the set of ratios r for which the paired t-test does not reject that
     gains - r * reference_gains has the mean 0. Where the reference's own gain does not differ
-    from 0, that set has no bounds, and says so: there is nothing to have a share of.
+    from 0, that set has no bounds, and says so: there is nothing to have a share of. Nor is there
+    where the reference loses.
 
     Fieller, "Some problems in interval estimation", Journal of the Royal Statistical Society B 16,
     1954.
     """
     a, b = float(np.mean(gains)), float(np.mean(reference_gains))
-    if np.allclose(gains, reference_gains, rtol=0, atol=1e-12):
-        return Estimate(1.0, 1.0, 1.0)
     value = a / b if b else math.nan
-    if len(gains) < 2:
+    if len(gains) < 2 or b <= 0:
         return Estimate(value, -math.inf, math.inf)
     (s_aa, s_ab), (_, s_bb) = np.cov(gains, reference_gains) / len(gains)
     t2 = _quantile(len(gains)) ** 2
@@ -69,6 +68,8 @@ def share(gains: Sequence[float], reference_gains: Sequence[float]) -> Estimate:
     square, linear, constant = b**2 - t2 * s_bb, a * b - t2 * s_ab, a**2 - t2 * s_aa
     if square <= 0:
         return Estimate(value, -math.inf, math.inf)
+    if np.allclose(gains, reference_gains, rtol=0, atol=1e-12):
+        return Estimate(1.0, 1.0, 1.0)
     root = math.sqrt(max(linear**2 - square * constant, 0.0))
     return Estimate(value, (linear - root) / square, (linear + root) / square)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from comparison_data import VALIDATION_SHARE, Task
+from comparison_data import VALIDATION_SHARE, Task, hash_of
 from comparison_images import cifar10, digits
 from comparison_measures import SHARPNESS
 from comparison_texts import text_task
@@ -38,6 +38,12 @@ def build_task(options: Any) -> Task:
         f"test_{kind}": len(task.data.test),
         "training": task.training,
     }
+    # What else may differ behind the same options: other files, and how the device rounds.
+    task.settings["labels"] = hash_of(task.labels(task.data.train), task.labels(task.data.test))
+    if options.bf16:
+        task.settings["bf16"] = True
+    if not options.use_cpu:
+        task.settings["device"] = "gpu"
     if task.metric != "accuracy":
         task.settings["metric"] = task.metric
     if options.sharpness:

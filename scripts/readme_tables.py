@@ -40,7 +40,9 @@ def with_tables(text: str, folder: Path) -> str:
                 f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
                 f"must be one of {', '.join(TABLES)}"
             )
-        rows, _ = make_rows(json.loads(file.read_text("utf-8")), None, "sam")
+        rows, left_out = make_rows(json.loads(file.read_text("utf-8")), None, "sam")
+        if left_out:
+            raise ValueError(f"{file.name}: {left_out[0]}: finish them, or take the recipe out")
         return f"{mark}{TABLES[kind](rows).strip()}\n"
 
     return _PLACE.sub(table, text)

@@ -266,6 +266,16 @@ def check_training_arguments(args: TrainingArguments) -> None:
         ) from error
 
 
+def require_writable(output_dir: str) -> None:
+    """Make the folder, and raise `InputError` if nothing can be written there."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:  # permissions tell root nothing
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(f"--output_dir {output_dir!r} cannot be used: {error.strerror}") from error
+
+
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that --resume_from_checkpoint names: a folder, or "last" for the newest.
 
@@ -274,14 +284,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             --output_dir cannot be written to.
     """
     asked = args.resume_from_checkpoint
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir) as file:  # permissions tell root nothing
-            file.write(b"x")
-    except OSError as error:
-        raise InputError(
-            f"--output_dir {args.output_dir!r} cannot be used: {error.strerror}"
-        ) from error
+    require_writable(args.output_dir)
     checkpoints = sort_checkpoints(args.output_dir)
     # The Trainer writes its state last: a run that was killed may leave a folder without it.
     complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]

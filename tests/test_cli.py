@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -146,7 +147,9 @@ def test_a_landscape_that_was_stopped_goes_on(vit, tmp_path, monkeypatch, capsys
     assert "goes on where it was" in capsys.readouterr().err
     points.clear()
     monkeypatch.setattr(landscape, "_loss_at", lambda *args: points.append(args) or real(*args))
-    assert cli.main(words) == 0 and len(points) == 5
+    assert (
+        cli.main(words) == 0 and len(points) == 1 + 5
+    )  # a known one, to be sure of the directions
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "folder", "dict"])
@@ -177,6 +180,21 @@ def test_labels_by_name_and_in_another_order_are_those_of_the_model(bert, tmp_pa
         options = DataOptions(str(tmp_path / name), text_columns=["text"])
         (batch,) = load_batches(options, model, bert)
         assert batch["labels"].tolist() == [1, 0]
+
+
+def test_labels_are_matched_however_they_are_written_and_told_where_they_are_not(bert, tmp_path):
+    model = load_model(bert)
+    for names, expected in ((["POS", "Neg"], [1, 0]), (["good", "bad"], [0, 1])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        rows = Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features)
+        rows.save_to_disk(tmp_path / names[0])
+        options = DataOptions(str(tmp_path / names[0]), text_columns=["text"])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            (batch,) = load_batches(options, model, bert)
+        assert batch["labels"].tolist() == expected
+        told = [str(w.message) for w in caught if "classes of the data" in str(w.message)]
+        assert len(told) == (names[0] == "good")
 
 
 def test_a_folder_of_images_and_a_language_model(vit, tmp_path):
@@ -224,6 +242,12 @@ def wrong(vit, bert, tmp_path):
     x = str(tmp_path / "x.parquet")
     other = save_vit(tmp_path / "wide", hidden=32)
     masked = save_bert(tmp_path / "masked", kind=BertForMaskedLM)
+    broken = save_vit(tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "taken").mkdir()
+    taken = str(tmp_path / "taken")
+    (tmp_path / "taken" / "sharpness.json").write_text(json.dumps({"model": vit}))
     return [
         (["sharpness", str(tmp_path)], "has no config.json"),
         (["sharpness", "no/such-model"], "no model 'no/such-model'"),
@@ -237,7 +261,7 @@ def wrong(vit, bert, tmp_path):
         (["landscape", vit, str(tmp_path / "misspelt")], "name the data too"),
         (["sharpness", vit, "--examples", "0"], "'0' is not allowed: a whole number from 1 up"),
         (["sharpness", vit, "--exmples", "4"], "Did you mean --examples?"),
-        (["sharpness", vit, "--params", "nose", *FEW], "selects no trainable parameter"),
+        (["sharpness", vit, "--params", "nose", *FEW], "params='nose' selects no trainable"),
         (["sharpness", vit, *FEW, "--m", "12"], "m=12 is not allowed: it is no multiple of the 8"),
         (["sharpness", vit, *FEW, "--device", "cuda:9"], "--device cuda:9"),
         (["sharpness", vit, "--plugin", "no_such_module"], "--plugin no_such_module"),
@@ -247,11 +271,16 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", bert, x, "--label_column", "n"], "the label 7 is none of the model's"),
         (["sharpness", bert, x, "--text_column", "z", "--label_column", "k"], "--text_column 'z'"),
         (["sharpness", vit, x, "--label_column", "k"], "which column holds the images"),
+        (["sharpness", vit, x, "--label_column", "k", "--image_column", "z"], "--image_column 'z'"),
+        (["sharpness", broken], "cannot be loaded: "),
+        (["sharpness", vit, "--seed", "9" * 30], "is not allowed: below 2^63"),
+        (["sharpness", other, *FEW, "--output_dir", taken], "holds the measures of model"),
+        (["landscape", vit, "--span", "inf"], "--span inf is not allowed"),
         (["landscape", vit, vit, "digits", "more"], "three names at most"),
         (["landscape", vit, "--directions", "between"], "needs two models, got 1"),
         (["landscape", vit, other, *QUICK, "--directions", "between"], "they differ in"),
         (["landscape", vit, vit, "--directions", "between", "--dimensions", "2"], "it is a line"),
-        (["landscape", vit, "--span", "-1"], "--span -1.0 is not allowed. Allowed: above 0"),
+        (["landscape", vit, "--span", "-1"], "--span -1.0 is not allowed. Allowed: finite"),
         (["landscape", vit, "--points", "1"], "--points 1 is not allowed"),
         (["landscape", vit, "--directions", "sideways"], "invalid choice: 'sideways'"),
         ([], "the following arguments are required: command"),

@@ -111,6 +111,8 @@ def test_a_run_that_is_missing_is_made_alone(finished, tmp_path, monkeypatch):
 def test_a_file_of_other_settings_is_refused(finished, no_training):
     with pytest.raises(InputError, match=r"training.learning_rate=0.002, and now it is 0.01"):
         compare_methods.main([*finished[1], "--learning_rate", "0.01"])
+    with pytest.raises(InputError, match=r"bf16=None, and now it is True"):
+        compare_methods.main([*finished[1], "--bf16", "true"])
 
 
 def test_a_file_with_another_recipe_of_that_name_is_refused(finished, tmp_path, no_training):
@@ -189,8 +191,21 @@ def test_at_the_ends_of_the_share_the_paired_test_is_just_at_5_percent():
 
 def test_there_is_no_share_of_a_gain_that_does_not_differ_from_0():
     assert not share([1.0, 2.0, 3.0], [1.0, -1.1, 0.2]).is_bounded
-    same = share([1.0, -1.1, 0.2], [1.0, -1.1, 0.2])
+    for gains in ([1.0, -1.1, 0.2], [-1.0, -1.1, -0.9]):  # not told from 0; a loss
+        assert not share(gains, gains).is_bounded
+    same = share([1.0, 1.1, 0.9], [1.0, 1.1, 0.9])
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(
+    finished, tmp_path, no_training
+):
+    (tmp_path / "file").write_text("")
+    folder = ["--output_dir", str(tmp_path / "file" / "out")]
+    results = ["--from_json", str(finished[0] / "results.json")]
+    for arguments in (finished[1], results):
+        with pytest.raises(InputError, match=r"--output_dir .* cannot be used: "):
+            compare_methods.main([*arguments, *folder])
 
 
 # --------------------------------------------------------------------------------------- the report

@@ -22,7 +22,7 @@ from comparison import tiny_task
 from comparison_measures import calibration_error, scores
 from comparison_measures_table import measures_table
 from comparison_recipes import Recipe
-from comparison_report import make_rows
+from comparison_report import make_rows, title
 from comparison_runs import RunSpec, build_trainer, train_once
 from comparison_tasks import build_task
 
@@ -87,6 +87,11 @@ def test_a_model_that_diverged_has_no_such_numbers(tmp_path):
     record = comparison_measures.measure_model(trainer, task, SPEC, with_sharpness=True)
     assert record["ece"] is None and record["nll"] is None and record["sharpness"] == {}
     json.dumps(record, allow_nan=False)
+    trainer = build_trainer(SAM, task, SPEC, options, str(tmp_path))
+    with torch.no_grad():  # finite, and too large for the loss to be
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1e20)
+    assert comparison_measures.measure_sharpness(trainer, task, SPEC) == {}
 
 
 # -------------------------------------------------------------------------------------------- a run
@@ -120,14 +125,13 @@ def test_while_rho_is_tuned_the_test_images_are_not_looked_at(monkeypatch):
 
 
 def test_sharpness_is_that_of_the_labels_that_were_trained_on(tmp_path, monkeypatch):
-    diagnostics = pytest.importorskip("sam_hf.diagnostics")
     seen = {}
 
     def note(objective, plan):
         seen["labels"] = torch.cat([batch["labels"] for batch in objective.batches]).tolist()
         return {"worst_sharpness": 0.5, "hessian_trace": math.inf}
 
-    monkeypatch.setattr(diagnostics, "measure", note)
+    monkeypatch.setattr(comparison_measures, "measure", note)
     task, options = tiny_task()
     options.sharpness = True
     record = train_once(SAM, task, SPEC, options)
@@ -138,7 +142,6 @@ def test_sharpness_is_that_of_the_labels_that_were_trained_on(tmp_path, monkeypa
 
 
 def test_sharpness_is_measured_by_the_library(tmp_path, monkeypatch):
-    pytest.importorskip("sam_hf.diagnostics")
     small = {**comparison_measures.SHARPNESS, "examples": 32, "iterations": 3, "trace_samples": 2}
     monkeypatch.setattr(comparison_measures, "SHARPNESS", small)
     task, options = tiny_task()
@@ -147,6 +150,16 @@ def test_sharpness_is_measured_by_the_library(tmp_path, monkeypatch):
     for measure in comparison_measures.MEASURES:
         if measure.key.startswith("sharpness."):
             assert math.isfinite(measure.read({"sharpness": found}))
+
+
+def test_a_part_of_the_data_that_all_levels_have_stands_in_the_title_once():
+    content = results()
+    for run in content["runs"]:
+        run["level"] = {"0": "0 at 0.1"}.get(run["level"], run["level"])
+    expected = (
+        "trec6, 100 training texts: 10 % of the data, mean over 0, 20 % wrong labels, 3 seeds"
+    )
+    assert title(content) == expected
 
 
 # ---------------------------------------------------------------------------------------- the table

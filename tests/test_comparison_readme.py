@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,16 @@ def test_every_file_of_results_has_its_table_and_its_picture():
     assert files == {name for name, _ in MARKS}
     for name in files:
         assert (ROOT / "docs" / f"{name}.png").exists() and f"docs/{name}.png" in README
+
+
+def test_results_with_a_recipe_that_is_not_finished_make_no_table(tmp_path):
+    name = MARKS[0][0]
+    content = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    recipe = list(content["recipes"])[-1]
+    content["runs"].remove(next(run for run in content["runs"] if run["recipe"] == recipe))
+    (tmp_path / "part.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"part.json: left out: {recipe}"):
+        with_tables("<!-- table: part main -->\n\n", tmp_path)
 
 
 @pytest.mark.parametrize("mark", ["no_such_file main", "compare_methods_digits other"])

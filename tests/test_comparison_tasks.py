@@ -104,6 +104,22 @@ def test_the_examples_whose_sharpness_is_measured_are_not_augmented(cifar):
     assert trained.data.labels.tolist() == measured.data.labels.tolist()
 
 
+def test_other_labels_behind_the_same_options_are_other_settings(cifar, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    settings = build_task(Options(**cifar)).settings
+    rows = datasets.Dataset.from_parquet(cifar["labels_file"]).to_dict()
+    rows["worse_label"][0] = (rows["worse_label"][0] + 1) % 3
+    other = tmp_path / "other.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(other)
+    changed = build_task(Options(**{**cifar, "labels_file": str(other)})).settings
+    assert {k for k in settings if settings[k] != changed[k]} == {"labels_file"}
+
+    fewer = build_task(Options(**{**cifar, "max_eval_samples": 59})).settings
+    assert fewer["labels"] != settings["labels"]
+    assert "bf16" not in settings and "device" not in settings
+    assert build_task(Options(**cifar, bf16=True)).settings["bf16"] is True
+
+
 def test_labels_that_are_not_those_of_the_images_are_refused(cifar):
     cifar["labels_file"] = cifar["labels_file"].replace("human", "disordered")
     with pytest.raises(InputError, match="the rows are in another order"):

@@ -168,9 +168,31 @@ def test_of_the_best_model_the_measures_are_its_own(tmp_path):
     rows = [trainer.eval_dataset[i] for i in order[:8]]
     batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     best = Objective(trainer.model, [batch]).value()
-    assert history["sharpness/best_loss"] == [(3, pytest.approx(best, rel=1e-6))]
+    assert trainer.state.best_global_step < 3
+    expected = (trainer.state.best_global_step, pytest.approx(best, rel=1e-6))
+    assert history["sharpness/best_loss"] == [expected]
     assert history["sharpness/loss"][-1][1] > best
     assert "sharpness/best_loss" in callback_of(trainer).model_card_section(tmp_path)
+
+
+def test_with_persistent_workers_the_trainer_evaluates_its_own_data_and_the_callback_others():
+    other = examples(16, seed=9)
+    losses, seen = [], []
+    for measured in (False, True):
+        trainer = trainer_of(
+            learning_rate=0.0, dataloader_num_workers=1, dataloader_persistent_workers=True
+        )
+        trainer.evaluate()  # keeps its loader
+        if measured:
+            callback = SharpnessCallback(trainer, plan=QUICK, examples=16, dataset=other)
+            trainer.add_callback(callback)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        seen += [e["sharpness/loss"] for e in trainer.state.log_history if "sharpness/loss" in e]
+    assert losses[0] == losses[1]
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = batches(Rows([other.rows[i] for i in order]), 8)
+    assert seen == [pytest.approx(Objective(trainer.model, rows).value(), rel=1e-10)]
 
 
 def test_trainers_of_trl_log_what_they_would(tmp_path):

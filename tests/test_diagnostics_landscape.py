@@ -17,6 +17,7 @@ from torch import nn
 from sam_hf.diagnostics import (
     Landscape,
     Objective,
+    Plane,
     connecting_plane,
     eigenvector_plane,
     plot_history,
@@ -121,6 +122,19 @@ def test_a_line_to_a_third_model_does_not_take_the_file_of_the_second(tmp_path):
         scan(objective, plane, [[0.0, 1.0]], path=file, progress=False)
 
 
+def test_a_scan_does_not_go_on_along_eigenvectors_that_have_become_others(tmp_path):
+    values = torch.linspace(1.0, 9.0, 7, dtype=torch.float64)
+    objective, file = Objective(Quadratic(values, slope=0.7), nothing()), tmp_path / "line.parquet"
+    plane = eigenvector_plane(objective, 1)
+    assert max(flat(plane.directions[0]).tolist(), key=abs) > 0
+    found = scan(objective, plane, [AXIS], path=file, progress=False)
+    other = Plane([[-d for d in plane.directions[0]]], plane.labels, facts=plane.facts)
+    with pytest.raises(ValueError, match="was made along other directions: at "):
+        scan(objective, other, [AXIS], path=file, progress=False)
+    again = scan(objective, plane, [AXIS], path=file, progress=False)
+    assert torch.equal(found.losses, again.losses)
+
+
 def test_a_line_that_would_not_end_at_the_second_model_is_refused():
     torch.manual_seed(0)
     objective = Objective(Classifier(), batches(examples(4), 4), params="norms")
@@ -165,10 +179,10 @@ def test_a_scan_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     assert int(part.losses.isfinite().sum()) == 10 and not part.is_complete
     calls, stop_at = 0, None
     whole = run()
-    assert calls == 1 + 15 and whole.is_complete
+    assert calls == 2 + 15 and whole.is_complete  # the loss at w, and a point that is known
     calls = 0
     again = run()
-    assert calls == 1 and torch.equal(again.losses, whole.losses)
+    assert calls == 2 and torch.equal(again.losses, whole.losses)
     direct = scan(
         Objective(model, data), random_plane(Objective(model, data)), [AXIS, AXIS], progress=False
     )

@@ -119,7 +119,7 @@ class SharpnessCallback(TrainerCallback):
     ) -> None:
         is_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if is_best:  # its weights are loaded, and those of the last update are gone
-            self._measure(kwargs["model"], state, BEST)
+            self._measure(kwargs["model"], state, BEST, state.best_global_step)
         elif self._last != state.global_step:
             self._measure(kwargs["model"], state, PREFIX)
         self._batches = None
@@ -160,7 +160,10 @@ class SharpnessCallback(TrainerCallback):
                     found.setdefault(name, []).append((int(entry["step"]), value))
         return found
 
-    def _measure(self, model: nn.Module, state: TrainerState, prefix: str) -> None:
+    def _measure(
+        self, model: nn.Module, state: TrainerState, prefix: str, step: int | None = None
+    ) -> None:
+        """Measure and log. `step`: that of the weights, if it is not the last one."""
         side_effects = SideEffects(self._trainer, state, skip=_NOT_RESTORED)
         try:
             with undoing(side_effects.restore):
@@ -170,7 +173,7 @@ class SharpnessCallback(TrainerCallback):
             return
         values = {f"{prefix}{name}": value for name, value in found.items()}
         for name, value in values.items():
-            self.history.setdefault(name, []).append((state.global_step, value))
+            self.history.setdefault(name, []).append((step or state.global_step, value))
         control = self._trainer.control
         is_due = control.should_log
         # Trainer's own: those of subclasses add what they have gathered for the training's log.
@@ -186,7 +189,16 @@ class SharpnessCallback(TrainerCallback):
         # A loader draws a seed from the global generator.
         device = self._trainer.args.device
         random_state = RandomState([device] if device.type != "cpu" else [])
-        loader = self._trainer.get_eval_dataloader(_shuffled(self._dataset, self._plan.seed))
+        # With persistent workers the Trainer keeps a loader for its own evaluations, whatever the
+        # data: it must neither hand it out here nor keep this one.
+        own = vars(self._trainer)
+        kept = own.pop("_eval_dataloaders", None)
+        try:
+            loader = self._trainer.get_eval_dataloader(_shuffled(self._dataset, self._plan.seed))
+        finally:
+            own.pop("_eval_dataloaders", None)
+            if kept is not None:
+                own["_eval_dataloaders"] = kept
         batches: list[Any] = []
         left = self._examples
         for batch in loader:

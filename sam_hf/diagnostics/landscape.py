@@ -84,6 +84,7 @@ def scan(
     landscape = Landscape(name, plane.labels, axes, losses, facts)
     if path is not None:
         _take_over(landscape, path, objective.weights[0].device)
+        _refuse_other_directions(objective, plane, landscape, path)
     points = [tuple(i) for i in losses.isnan().nonzero().tolist()]
     bar = tqdm(
         total=losses.numel(),
@@ -198,6 +199,29 @@ def _take_over(landscape: Landscape, path: Path, device: torch.device) -> None:
             f"{trouble or f'{path} cannot be gone on with'}: choose another folder, or delete it"
         )
     from_main_process_(landscape.losses, device)
+
+
+def _refuse_other_directions(
+    objective: Objective, plane: Plane, landscape: Landscape, path: Path
+) -> None:
+    """Compute again the farthest point that the file holds.
+
+    Eigenvectors converge differently on another device or with another version of torch.
+    """
+    known = [tuple(i) for i in (~landscape.losses.isnan()).nonzero().tolist()]
+    if not known:
+        return
+
+    def place(point: tuple[int, ...]) -> list[float]:
+        return [axis[i] for axis, i in zip(landscape.coordinates, point, strict=True)]
+
+    farthest = max(known, key=lambda point: sum(a * a for a in place(point)))
+    before, now = float(landscape.losses[farthest]), _loss_at(objective, plane, place(farthest))
+    if not math.isclose(before, now, rel_tol=1e-2, abs_tol=1e-6):
+        raise ValueError(
+            f"{path} was made along other directions: at {place(farthest)} its loss is "
+            f"{before:.6g}, and now it is {now:.6g}: choose another folder, or delete it"
+        )
 
 
 def _is_same(ours: Landscape, theirs: Landscape) -> bool:

@@ -6,12 +6,14 @@ import importlib
 import importlib.util
 import random
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 DIGITS = "digits"
@@ -43,6 +45,7 @@ class DataOptions:
         batch_size: of the passes.
         text_columns: those that hold texts; the first (two) with strings if empty.
         label_column: "label", "labels" or the only one of whole numbers if None.
+        image_column: the first with images if None.
     """
 
     name: str = DIGITS
@@ -52,6 +55,7 @@ class DataOptions:
     seed: int = 0
     text_columns: Sequence[str] = ()
     label_column: str | None = None
+    image_column: str | None = None
 
 
 def load_model(name: str) -> nn.Module:
@@ -79,7 +83,7 @@ def load_model(name: str) -> nn.Module:
         )
     try:
         model = getattr(transformers, loader).from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UnusableError(f"the model {name!r} cannot be loaded: {error}") from error
     module: nn.Module = model.eval()
     return module
@@ -189,7 +193,11 @@ def _column(rows: Any, wanted: str | None, option: str, found: Sequence[str], wh
 
 
 def _labels(rows: Any, options: DataOptions, model: nn.Module) -> Callable[[Any], Tensor]:
-    """What makes a tensor of class numbers of some rows."""
+    """What makes a tensor of class numbers of some rows.
+
+    Classes with names are those of the model with the same names, however they are written: data
+    and model may have them in another order.
+    """
     import datasets
 
     named = [name for name in ("label", "labels") if name in rows.column_names]
@@ -201,18 +209,28 @@ def _labels(rows: Any, options: DataOptions, model: nn.Module) -> Callable[[Any]
     ]
     column = _column(rows, options.label_column, "label_column", named[:1] or whole, "the labels")
     config: Any = model.config
-    numbers = {str(name): int(number) for name, number in (config.label2id or {}).items()}
-    names = getattr(rows.features[column], "names", None)
+    label2id = config.label2id or {}
+    numbers = {str(name).casefold(): int(number) for name, number in label2id.items()}
+    names: list[str] = getattr(rows.features[column], "names", None) or []
+    folded = [name.casefold() for name in names]
+    has_names = bool(folded) and set(folded) <= numbers.keys()
+    is_named = not all(name.startswith("label_") for name in numbers)
+    if folded and is_named and not has_names:
+        warnings.warn(
+            f"the classes of the data ({', '.join(names[:5])}) are not those that the model names "
+            f"({', '.join(list(map(str, label2id))[:5])}): their numbers are taken as they are",
+            stacklevel=2,
+        )
     count = config.num_labels
 
     def number(label: Any) -> int:
         if isinstance(label, str):
-            if label not in numbers:
-                known = ", ".join(list(numbers)[:5])
+            if label.casefold() not in numbers:
+                known = ", ".join(list(map(str, label2id))[:5])
                 raise UnusableError(f"the label {label!r} is none of the model's: {known}, ...")
-            return numbers[label]
-        if names is not None and set(names) <= set(numbers):
-            return numbers[names[label]]  # they may be in another order
+            return numbers[label.casefold()]
+        if has_names and 0 <= label < len(folded):
+            return numbers[folded[label]]
         if not (isinstance(label, int) and 0 <= label < count):
             raise UnusableError(f"the label {label!r} is none of the model's: 0 to {count - 1}")
         return label
@@ -229,7 +247,7 @@ def _images(rows: Any, options: DataOptions, model: nn.Module, model_name: str) 
     processor = _from_pretrained("AutoImageProcessor", model_name, backend="pil")
     labels = _labels(rows, options, model)
     found = [n for n, f in rows.features.items() if isinstance(f, datasets.Image)]
-    column = _column(rows, None, "image_column", found[:1], "the images")
+    column = _column(rows, options.image_column, "image_column", found[:1], "the images")
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
 
     def prepare(some: Any) -> dict[str, Tensor]:

@@ -44,6 +44,8 @@ class Objective:
             and kept where they are; each moves to the model's device when it is needed.
         loss: ``loss(model, batch)``, the mean over the batch. If None, the first output of
             ``model(**batch)``, which for models of transformers is the loss if there are labels.
+            Means over tokens are weighted by the numbers of examples too, so that the loss of a
+            language model depends on how its texts are cut into batches.
         params: which weights the loss is a function of: "all", "norms", "matrices", or a regular
             expression on parameter names. Frozen ones do not count.
         products: how Hessian-vector products are made: "exact", by a backward pass through the
@@ -72,6 +74,8 @@ class Objective:
             named = select_parameters(self.model, params)
         except re.error as error:
             raise ValueError(f"params={params!r} does not compile: {error}") from error
+        except ValueError as error:
+            raise ValueError(str(error).replace("sam_params=", "params=", 1)) from error
         trainable = {name: p for name, p in named.items() if p.requires_grad}
         self.params = params
         self.names = list(trainable)

@@ -84,7 +84,8 @@ def eigenvector_plane(
 ) -> Plane:
     """The eigenvectors of the Hessian's largest eigenvalues, of length 1: the sharpest directions.
 
-    One unit is a Euclidean distance of 1 in the space of the weights.
+    One unit is a Euclidean distance of 1 in the space of the weights. Of v and -v, both of which
+    are eigenvectors, it is the one whose largest component is positive.
     """
     pairs = top_eigenpairs(objective, dimensions, iterations=iterations, seed=seed)
     if len(pairs.values) < dimensions:
@@ -99,6 +100,9 @@ def eigenvector_plane(
                 f"well: iterations={iterations} are too few",
                 stacklevel=2,
             )
+    for vector in pairs.vectors:
+        parts = torch.stack([v.flatten()[v.abs().argmax()] for v in vector])
+        torch._foreach_mul_(vector, float(parts[parts.abs().argmax()].sign()))
     labels = [f"eigenvector of λ = {value:.3g}" for value in pairs.values]
     facts = {"directions": "eigenvectors", "seed": seed, "iterations": iterations}
     facts |= {"eigenvalues": pairs.values, "residuals": pairs.residuals}

@@ -129,7 +129,7 @@ def plot_history(
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("updates")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useOffset=False)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=10)

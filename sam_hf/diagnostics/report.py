@@ -9,7 +9,7 @@ from .estimates import check_count
 from .gradients import gradient_noise, perturbation_budget
 from .hessian import hessian_trace, top_eigenpairs
 from .objective import Objective
-from .sharpness import Ball, average_sharpness, worst_sharpness
+from .sharpness import Ball, average_sharpness, groups_of, worst_sharpness
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:
 def measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[str, float]]:
     """The same, one measure after the other, for those who show how far they are."""
     plan = plan or Plan()
+    if plan.m is not None:
+        groups_of(objective, plan.m)  # what is refused is refused before anything is computed
     yield {"loss": objective.value()}
     for prefix, ball in plan.balls().items():
         if plan.steps:
