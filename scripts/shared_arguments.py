@@ -261,8 +261,8 @@ class SharpnessArguments(ScriptArguments):
         default=None,
         metadata={
             "help": "Measure every so many updates how sharp the loss is around the weights, on "
-            "evaluation examples, log it as sharpness/* and draw it; 0: at the end alone. Not with "
-            "FSDP or DeepSpeed."
+            "evaluation examples, log it as sharpness/* and draw it; 0: at the end alone. The "
+            "seconds that are reported include it. Not with FSDP or DeepSpeed."
         },
     )
     sharpness_examples: int | None = field(

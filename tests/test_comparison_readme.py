@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from readme_tables import main, with_tables  # noqa: E402
+from readme_tables import TABLES, main, with_tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MARKS = re.findall(r"<!-- table: (\S+) (\S+) -->", README)
@@ -28,6 +28,21 @@ def test_a_table_that_was_changed_by_hand_is_noticed():
     numbers = re.compile(r"(<!-- table: .*?\n(?:.*\n){3}.*?)0\.\d", re.MULTILINE)
     changed = numbers.sub(r"\g<1>0.0", README, count=1)
     assert changed != README and with_tables(changed, ROOT / "docs") == README
+
+
+def test_every_interval_in_the_text_is_that_of_a_table_of_the_results():
+    """Also of tables that the README does not show: the gain at each level."""
+    every = "\n".join(
+        with_tables(f"<!-- table: {name} {kind} -->\n", ROOT / "docs")
+        for name in {name for name, _ in MARKS}
+        for kind in TABLES
+    )
+    interval = re.compile(r"(?<![\d.])[+-]?\d+\.\d+(?: points)? \[[+-]?\d+\.\d+, [+-]?\d+\.\d+\]")
+    text = "\n".join(line for line in README.splitlines() if not line.startswith("|"))
+    stated = [found.replace(" points", "") for found in interval.findall(text)]
+    assert len(stated) > 10
+    cells = set(interval.findall(every))
+    assert [found for found in stated if found not in cells] == []
 
 
 def test_every_file_of_results_has_its_table_and_its_picture():
