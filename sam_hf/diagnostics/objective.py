@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +18,12 @@ from ..params import select_parameters
 from ..perturbation import HALF, Perturbation
 from ..replay import RandomState
 from .batches import add_to_hash, batch_size, loss_of_model, to_device
-from .vectors import norm
+from .differences import TRUSTED, central_differences, refute
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: the mean over the examples of the batch, a scalar."""
 
 PRODUCTS = ("auto", "exact", "differences")
-_TRUSTED = 0.2  # differences that change by more when their step is halved
 
 
 class Objective:
@@ -143,11 +141,8 @@ class Objective:
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """∇²L(w) v, for v with one tensor for each of `names`.
 
-        Central differences move the weights by ±ε v and ±ε v / 2, with ε = u^(2/5) (1 + r) / |v|, u
-        the spacing of the floating-point numbers at 1 and r the root mean square of the weights,
-        and are extrapolated to ε = 0 (Richardson; Nocedal and Wright, Numerical Optimization, 2nd
-        ed., section 8.1). Along the sharpest directions a loss bends within a distance that does
-        not grow with the number of weights, so that the step must not either.
+        See `products` for how, and `central_differences` for what is done without a second
+        derivative.
         """
         if self.products == "differences":
             return self._difference_product(vector)
@@ -160,7 +155,7 @@ class Objective:
         except (RuntimeError, NotImplementedError) as error:
             why = str(error).splitlines()[0]
         else:
-            if not self._is_refuted(product, vector):
+            if not refute(self, product, vector):
                 self.products = "exact"
                 return product
             # A kernel that computes its gradient in the forward pass loses the rest without a word.
@@ -171,18 +166,6 @@ class Objective:
         )
         self.products = "differences"
         return self._difference_product(vector)
-
-    def _is_refuted(self, exact: Sequence[Tensor], vector: Sequence[Tensor]) -> bool:
-        """Whether differences that can be trusted tell that the exact product is a wrong one.
-
-        They cannot where they depend on their step, as where ReLUs switch, nor where both are so
-        small that rounding is all there is.
-        """
-        differences, change = self._differences(vector)
-        rounding = 100 * norm(self.gradient()) * norm(vector) * self._unit / self._distance
-        distance = norm(torch._foreach_sub(list(exact), differences))
-        is_far = distance > max(0.5 * norm(exact), 0.5 * norm(differences), rounding)
-        return bool(is_far and change < _TRUSTED)
 
     def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(w) for w in self.weights]
@@ -198,19 +181,9 @@ class Objective:
         sum_over_processes_(total)
         return total
 
-    @property
-    def _unit(self) -> float:
-        return torch.finfo(self.weights[0].dtype).eps
-
-    @property
-    def _distance(self) -> float:
-        """How far central differences move the weights."""
-        size = norm(self.weights) / math.sqrt(self.parameter_count)
-        return float(self._unit ** (2 / 5) * (1 + size))
-
     def _difference_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        product, change = self._differences(vector)
-        if change > _TRUSTED and not self._has_warned:
+        product, change = central_differences(self, vector)
+        if change > TRUSTED and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"Hessian products by central differences change by {change:.0%} when the step is "
@@ -218,29 +191,6 @@ class Objective:
                 stacklevel=3,
             )
         return product
-
-    def _differences(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-        """The extrapolated differences, and by which part they change as the step is halved."""
-        length = norm(vector)
-        if length == 0:
-            return [torch.zeros_like(v) for v in vector], 0.0
-        step = self._distance / length
-        far, near = (self._difference(vector, s) for s in (step, step / 2))
-        # The error shrinks with the square of the step: a third of the change is what is left.
-        change = torch._foreach_sub(near, far)
-        size = norm(near)
-        part = norm(change) / size if size > 0 else 0.0
-        torch._foreach_add_(near, change, alpha=1 / 3)
-        return near, part
-
-    def _difference(self, vector: Sequence[Tensor], step: float) -> list[Tensor]:
-        with self.moved(vector, step):
-            ahead = self.gradient()
-        with self.moved(vector, -step):
-            behind = self.gradient()
-        torch._foreach_sub_(ahead, behind)
-        torch._foreach_div_(ahead, 2 * step)
-        return ahead
 
     # ------------------------------------------------------------------------------- moved weights
 
