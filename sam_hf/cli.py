@@ -97,6 +97,8 @@ def _refuse_other_model(path: Path, arguments: argparse.Namespace) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
+    if not isinstance(found, dict):
+        return
     for key in ("model", "data"):
         before, now = found.get(key), getattr(arguments, key)
         if before != now:

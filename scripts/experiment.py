@@ -182,8 +182,10 @@ def save_results(
     metric = in_words(runs[0].metric)
     plot_curves(runs, f"{title}: test {metric} against compute", folder / "curves.png")
     print(f"\n{title}, final models (pass: one forward and backward over the training set)")
-    pictures = [name for name in ("curves.png", "sharpness.png") if (folder / name).exists()]
-    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, {', '.join(pictures)}")
+    callbacks = trainer.callback_handler.callbacks
+    is_measured = any(isinstance(callback, SharpnessCallback) for callback in callbacks)
+    pictures = "curves.png, sharpness.png" if is_measured else "curves.png"
+    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, {pictures}")
 
 
 def publish(trainer: Trainer, card: dict[str, Any]) -> None:

@@ -46,8 +46,12 @@ def test_the_other_packages_sam_takes_the_steps_of_ours(tmp_path):
         trainer = build_trainer(recipe, task, RunSpec("", "0.4", 0), options, str(tmp_path))
         train_quietly(trainer)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    ours, theirs = weights
+    distance = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(ours)
+    assert distance < 1e-5  # other clipping: 2e-4, a tenth more rho: 2e-2
     # Where a gradient is almost 0, rounding decides which way AdamW's step of up to 2e-3 goes.
-    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert ((ours - theirs).abs() > 2e-5).sum() <= 2
 
 
 @needs_package
