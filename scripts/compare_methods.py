@@ -49,7 +49,8 @@ from comparison_costs import measure_costs
 from comparison_data import TUNING_SEEDS, Task
 from comparison_recipes import PLAIN, Recipe, RecipeBook
 from comparison_report import report
-from comparison_runs import ResultsFile, RunSpec, plain_length, read_results, run_all
+from comparison_results import ResultsFile, RunSpec, read_results
+from comparison_runs import plain_length, run_all
 from comparison_tasks import build_task
 from comparison_tuning import conclude, read_rho_file, read_searches, warn_of_other_settings
 from script_utils import InputError, OptionParser, require_writable, run_script

@@ -12,7 +12,8 @@ from typing import Any
 from benchmark_utils import Clock, peak_memory
 from comparison_data import Task
 from comparison_recipes import PLAIN, Recipe
-from comparison_runs import RunSpec, build_trainer, train_quietly
+from comparison_results import RunSpec
+from comparison_runs import build_trainer, train_quietly
 from tqdm import tqdm
 from training_utils import ComputeMeter
 

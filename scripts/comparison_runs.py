@@ -1,49 +1,32 @@
-"""The runs of `compare_methods.py`: one run, many of them, and the file that keeps them."""
+"""The runs of `compare_methods.py`: one of them, and many."""
 
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
-import os
-import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import transformers
 from benchmark_utils import Clock
 from comparison_data import Task
 from comparison_measures import finite, measure_model, scores
 from comparison_recipes import PLAIN, Recipe
+from comparison_results import ResultsFile, RunSpec
 from comparison_tasks import build_task
-from script_utils import InputError
 from third_party_sam import ThirdPartyTrainer
 from tqdm import tqdm
 from training_utils import ComputeMeter
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
-import sam_hf
 from sam_hf import SAMConfig, SAMTrainer
 
 LENGTH_STEP = 0.05  # lengthened plain runs are shared by recipes whose cost rounds to the same
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """Which run of a recipe. `length`: of the training, in units of the plain schedule."""
-
-    recipe: str
-    level: str
-    seed: int
-    length: float = 1.0
-    tuned_rho: float | None = None  # set in a run of the search for rho
 
 
 def build_trainer(
@@ -178,115 +161,3 @@ def plain_length(passes: Iterable[float]) -> float:
     """How many times the plain schedule has as many passes, rounded, from those of the seeds."""
     passes = list(passes)
     return round(round(sum(passes) / len(passes) / LENGTH_STEP) * LENGTH_STEP, 2)
-
-
-# ----------------------------------------------------------------------------------------- the file
-
-
-class ResultsFile:
-    """A JSON file with settings, versions and every finished run.
-
-    Raises:
-        InputError: the file holds runs of other settings or versions, or is no such file.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        head = json.loads(json.dumps({"settings": settings, "versions": versions()}))
-        if path.exists():
-            self.content = read_results(path)
-            self._refuse_difference("", {k: self.content.get(k) for k in head}, head)
-        else:
-            self.content = {**head, "device": device(), "recipes": {}, "runs": []}
-        self._by_spec = {_key(record): record for record in self.content["runs"]}
-
-    def find(self, spec: RunSpec) -> dict[str, Any] | None:
-        return self._by_spec.get(_key(asdict(spec)))
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.content["runs"].append(record)
-        self._by_spec[_key(record)] = record
-        self.write()
-
-    def add_recipes(self, recipes: Sequence[Recipe]) -> None:
-        """Note what the runs are made of.
-
-        Raises:
-            InputError: runs of a recipe are there, made with other options.
-        """
-        for recipe in recipes:
-            definition = json.loads(json.dumps(recipe.definition()))
-            known = self.content["recipes"].get(recipe.name)
-            if known is not None:
-                known = {key: known.get(key) for key in definition}
-                self._refuse_difference(f"recipe {recipe.name!r}: ", known, definition)
-            texts = {"description": recipe.description, "group": recipe.group}
-            self.content["recipes"][recipe.name] = {**texts, **definition}
-
-    def write(self) -> None:
-        """All or nothing: an interrupt leaves the file of before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f"_{self.path.name}")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def _refuse_difference(self, where: str, theirs: Any, ours: Any) -> None:
-        different = first_difference(theirs, ours)
-        if different is not None:
-            key, before, now = different
-            raise InputError(
-                f"{self.path} was made with {where}{key}={before!r}, and now it is {now!r}: choose "
-                "another --output_dir, or go back to what it was"
-            )
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        InputError: there is no such file, or it is not one of these.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not {"settings", "recipes", "runs"} <= content.keys():
-        raise InputError(f"{path} is no file of results: it has no settings, recipes and runs")
-    return content
-
-
-def versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "sam_hf": sam_hf.__version__,
-    }
-
-
-def device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.processor() or platform.machine()})"
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(record[name] for name in RunSpec.__dataclass_fields__)
-
-
-def first_difference(before: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """Where two nested dictionaries differ first, and what stands there; None if nowhere."""
-    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
-    for key in dict.fromkeys([*old, *new]):
-        if old.get(key) != new.get(key):
-            return key, old.get(key), new.get(key)
-    return None
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    parts = (_flat(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in value.items())
-    return {key: item for part in parts for key, item in part.items()}

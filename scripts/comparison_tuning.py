@@ -11,7 +11,7 @@ from typing import Any
 
 from comparison_data import VALIDATION_SHARE
 from comparison_recipes import Recipe
-from comparison_runs import ResultsFile, RunSpec, first_difference
+from comparison_results import ResultsFile, RunSpec, first_difference
 from script_utils import InputError
 from training_utils import save_json
 

@@ -20,7 +20,8 @@ import comparison_runs
 from comparison import RECIPES, TINY, tiny_task, write_recipes
 from comparison_data import TUNING_SEEDS
 from comparison_recipes import Recipe, RecipeBook
-from comparison_runs import RunSpec, build_trainer, plain_length, train_once
+from comparison_results import ResultsFile, RunSpec
+from comparison_runs import build_trainer, plain_length, train_once
 from comparison_statistics import mean_interval, paired_gain, share
 from script_utils import InputError
 
@@ -113,6 +114,19 @@ def test_a_file_of_other_settings_is_refused(finished, no_training):
         compare_methods.main([*finished[1], "--learning_rate", "0.01"])
     with pytest.raises(InputError, match=r"bf16=None, and now it is True"):
         compare_methods.main([*finished[1], "--bf16", "true"])
+
+
+def test_labels_that_people_gave_join_a_file_without_them_and_may_rest(tmp_path):
+    path = tmp_path / "results.json"
+    ResultsFile(path, {"task": "t"}).write()
+    ResultsFile(path, {"task": "t", "labels_file": "one"}).write()
+    rested = ResultsFile(path, {"task": "t"})
+    assert rested.content["settings"] == {"task": "t", "labels_file": "one"}
+    with pytest.raises(InputError, match=r"labels_file='one', and now it is 'another'"):
+        ResultsFile(path, {"task": "t", "labels_file": "another"})
+    path.write_text('{"settings": [], "recipes": {}, "runs": []}')
+    with pytest.raises(InputError, match="is no file of results"):
+        ResultsFile(path, {"task": "t"})
 
 
 def test_a_file_with_another_recipe_of_that_name_is_refused(finished, tmp_path, no_training):

@@ -23,7 +23,8 @@ from comparison_measures import calibration_error, scores
 from comparison_measures_table import measures_table
 from comparison_recipes import Recipe
 from comparison_report import make_rows, title
-from comparison_runs import RunSpec, build_trainer, train_once
+from comparison_results import RunSpec
+from comparison_runs import build_trainer, train_once
 from comparison_tasks import build_task
 
 SAM = Recipe("sam", "d", options={"sam_rho": 0.1})

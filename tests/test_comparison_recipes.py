@@ -16,7 +16,8 @@ import third_party_sam
 from comparison import RECIPES, TINY, tiny_task, write_recipes
 from comparison_arguments import Options
 from comparison_recipes import Recipe, RecipeBook
-from comparison_runs import RunSpec, build_trainer, train_once, train_quietly
+from comparison_results import RunSpec
+from comparison_runs import build_trainer, train_once, train_quietly
 from script_utils import InputError
 
 needs_package = pytest.mark.skipif(

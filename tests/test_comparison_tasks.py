@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from comparison_arguments import Options
 from comparison_recipes import Recipe
-from comparison_runs import RunSpec, train_once
+from comparison_results import RunSpec
+from comparison_runs import train_once
 from comparison_tasks import build_task
 from script_utils import InputError
 

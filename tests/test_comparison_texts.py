@@ -17,7 +17,8 @@ import compare_methods
 from comparison import write_recipes
 from comparison_arguments import Options
 from comparison_recipes import Recipe
-from comparison_runs import RunSpec, build_trainer, train_once
+from comparison_results import RunSpec
+from comparison_runs import build_trainer, train_once
 from comparison_tasks import build_task
 from script_utils import InputError
 from train_text_classification import train_tokenizer
