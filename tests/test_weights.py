@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference_asam import asam_step
 from reference_sam import sam_perturbation
 from tiny import (
     CLASSES,
@@ -213,6 +214,31 @@ def test_a_batchnorm_model_takes_the_twins_update(scope):
     expected = by_the_twin(model, means(model, windows(rows)), scope=scope)
     model.norm.track_running_stats = model.last.track_running_stats = True
     train(model, rows, scope)
+    assert_weights(model, expected)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+        self.head = nn.Linear(4, CLASSES, dtype=torch.float64)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.conv(x)).mean(dim=(2, 3)))
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+@SCOPES
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_weights_whose_channels_come_last_in_memory_take_the_twins_update(scope, adaptive):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 5, 5, generator=generator, dtype=torch.float64)
+    rows = [{"x": image, "labels": i % CLASSES} for i, image in enumerate(images)]
+    model = Convolution().to(memory_format=torch.channels_last)
+    step = {"step": asam_step, "eta": 0.01} if adaptive else {}
+    expected = by_the_twin(model, means(model, windows(rows)), scope=scope, **step)
+    train(model, rows, scope, **({"sam_method": "asam", "sam_eta": 0.01} if adaptive else {}))
+    assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert_weights(model, expected)
 
 
