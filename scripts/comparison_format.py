@@ -17,6 +17,14 @@ def in_words(level: str) -> str:
         return part + labels.replace("_", " ")
 
 
+def shared_part(levels: Sequence[str]) -> tuple[str, list[str]]:
+    """'10 % of the data' if all levels have that part of them or '', and the rest of each name."""
+    parts, _, rest = zip(*(in_words(level).rpartition(", ") for level in levels), strict=True)
+    if len(set(parts)) == 1:
+        return parts[0], list(rest)
+    return "", [in_words(level) for level in levels]
+
+
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rows = [head, ["-" * width for width in widths], *lines]

@@ -1,4 +1,4 @@
-"""The picture of `compare_methods.py`: what each recipe gains, against what it costs."""
+"""The pictures of `compare_methods.py`: gain against cost, and the gain at each noise level."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison_format import shared_part
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the markers help in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#A65628", "v"))
@@ -62,6 +63,66 @@ def draw_gain_and_cost(
     _label(axes, points, longer)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def draw_gains(rows: Sequence[Any], title: str, metric: str, file: Path) -> None:
+    """Save a picture of the gains at each level, over plain training of either length.
+
+    Args:
+        rows: those of the table, plain first; not more others than there are styles.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    _, *others = rows
+    levels = list(others[0].gains)
+    panels = {"as many updates": [[*row.gains.values(), row.gain] for row in others]}
+    if all(row.equal_gains for row in others):
+        panels["as many passes"] = [[*row.equal_gains.values(), row.equal_gain] for row in others]
+    _, names = shared_part(levels)
+    names += ["mean"] if len(levels) > 1 else []
+    height = 1.9 + 0.24 * len(names) * (len(others) + 0.6)
+    figure, grid = plt.subplots(
+        *(1, len(panels)),
+        figsize=(11, height),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, (what, estimates) in zip(grid[0], panels.items(), strict=True):
+        for i, of_row in enumerate(estimates):
+            color, marker = STYLES[i]
+            shown = of_row[: len(names)]
+            x = [100 * estimate.value for estimate in shown]
+            half = [100 * e.half_width if e.is_bounded else 0.0 for e in shown]
+            # The recipes of a level stand below each other, in the order of the legend.
+            y = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(others) - 0.5)
+            axes.errorbar(
+                *(x, y), xerr=half, fmt=marker, color=color, capsize=2.5, elinewidth=1.4, ms=6
+            )
+        axes.axvline(0, color=PLAIN_STYLE[0], linewidth=1)
+        if len(levels) > 1:
+            axes.axhline(len(levels) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
+        axes.set_title(f"over plain training with {what}", fontsize="medium")
+        axes.set_xlabel(f"Gain in test {metric}, points (95 % interval)")
+        axes.grid(axis="x", alpha=0.25)
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle(title, fontsize="medium")
+    entries = [
+        plt.Line2D([], [], color=color, marker=marker, linestyle="", label=_with_rho(row))
+        for row, (color, marker) in zip(others, STYLES, strict=False)
+    ]
+    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _with_rho(row: Any) -> str:
+    return row.name if row.rho is None or "rho" in row.name else f"{row.name}, rho {row.rho:g}"
 
 
 def _label(

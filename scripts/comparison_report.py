@@ -1,4 +1,4 @@
-"""The results of `compare_methods.py` as tables, JSON and a picture."""
+"""The results of `compare_methods.py` as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from comparison_costs import extra_memory, relative_time
-from comparison_format import in_words, markdown, points, with_error
+from comparison_format import in_words, markdown, points, shared_part, with_error
 from comparison_measures_table import Measured, measure_recipe, measures_table
-from comparison_plot import draw_gain_and_cost
+from comparison_plot import STYLES, draw_gain_and_cost, draw_gains
 from comparison_recipes import PLAIN
 from comparison_runs import plain_length
 from comparison_statistics import Estimate, mean_interval, paired_gain, share
@@ -31,10 +31,14 @@ class Row:
     group: str
     rho: float | None
     accuracy: dict[str, Estimate]
+    plain: dict[str, Estimate]
     gains: dict[str, Estimate]
     gain: Estimate
     share: Estimate
-    equal_gain: Estimate | None  # None where the longer plain runs are not there
+    # Against plain training with as many passes; None and empty where it was not run.
+    longer: dict[str, Estimate]
+    equal_gains: dict[str, Estimate]
+    equal_gain: Estimate | None
     passes: float
     time: tuple[float, float, float] | None  # median and quartiles
     memory: float | None
@@ -62,7 +66,7 @@ def report(
         f"# {title(content)}",
         table,
         *left_out,
-        "## Gain at each noise level",
+        "## At each noise level",
         gain_table(rows),
     ]
     measures = measures_table(rows)
@@ -71,10 +75,13 @@ def report(
     (folder / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     numbers = {"title": title(content), "rows": [_finite(asdict(row)) for row in rows]}
     save_json(numbers, folder / "table.json")
-    picture, metric = folder / "gain_and_cost.png", _in_words(_metric(content))
-    draw_gain_and_cost(rows, plain_curve(content), title(content), metric, picture)
+    metric, pictures = _in_words(_metric(content)), [folder / "gain_and_cost.png"]
+    draw_gain_and_cost(rows, plain_curve(content), title(content), metric, pictures[0])
+    if 1 < len(rows) <= 1 + len(STYLES):  # of more recipes than colours nobody could read it
+        pictures.append(folder / "gains.png")
+        draw_gains(rows, title(content), metric, pictures[1])
     print("", title(content), "", table, *left_out, "", measures, sep="\n")
-    print(f"\nsaved in {folder}: table.md, table.json, {picture.name}")
+    print(f"\nsaved in {folder}: table.md, table.json, {', '.join(x.name for x in pictures)}")
 
 
 def make_rows(
@@ -130,20 +137,31 @@ def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: st
         level: runs.get((PLAIN, plain_length([passes[level]])), {}).get(level, {})
         for level in levels
     }
-    equal, has_longer = None, all(set(seeds) <= longer[level].keys() for level in levels)
-    if has_longer:
-        equal = paired_gain(mine.mean(0), scores(longer).mean(0))
+    has_longer = all(set(seeds) <= longer[level].keys() for level in levels)
+    as_long = scores(longer) if has_longer else None
+
+    def over(other: np.ndarray | None) -> dict[str, Estimate]:
+        pairs = [] if other is None else zip(levels, mine, other, strict=True)
+        return {level: paired_gain(ours, theirs) for level, ours, theirs in pairs}
+
+    def means(of: np.ndarray | None) -> dict[str, Estimate]:
+        pairs = [] if of is None else zip(levels, of, strict=True)
+        return {level: mean_interval(values) for level, values in pairs}
+
     costs = content.get("costs", {}).get("recipes", {})
     options = content["recipes"][name].get("options", {})
     return Row(
         name=name,
         group=content["recipes"][name]["group"],
         rho=options.get("sam_rho", options.get("rho")),
-        accuracy={level: mean_interval(mine[i]) for i, level in enumerate(levels)},
-        gains={level: paired_gain(mine[i], baseline[i]) for i, level in enumerate(levels)},
+        accuracy=means(mine),
+        plain=means(baseline),
+        gains=over(baseline),
         gain=paired_gain(mine.mean(0), baseline.mean(0)),
         share=share((mine - baseline).mean(0), (scores(ours) - baseline).mean(0)),
-        equal_gain=equal,
+        longer=means(as_long),
+        equal_gains=over(as_long),
+        equal_gain=None if as_long is None else paired_gain(mine.mean(0), as_long.mean(0)),
         passes=fmean(passes.values()),
         time=relative_time(costs, name) if name in costs else None,
         memory=extra_memory(costs, name) if name in costs else None,
@@ -184,36 +202,45 @@ def main_table(rows: Sequence[Row]) -> str:
         line = [row.name, "-" if row.rho is None else f"{row.rho:g}"]
         line += [with_error(row.accuracy[level]) for level in levels]
         line += ["-", "-", "-"] if is_plain else [points(row.gain), _share(row), _equal(row)]
-        line += [f"{row.passes:.2f}", "-" if row.time is None else f"{row.time[0]:.2f}"]
+        line += [f"{row.passes:.2f}", _time(row)]
         line += ["-" if row.memory is None else f"{row.memory:.2f}"]
         lines.append(line)
     return markdown(head, lines)
 
 
 def gain_table(rows: Sequence[Row]) -> str:
-    levels = list(rows[0].accuracy)
-    lines = [
-        [row.name, *(points(row.gains[level]) for level in levels), _quartiles(row)]
-        for row in rows
-        if row.name != PLAIN
-    ]
-    return markdown(["recipe", *map(in_words, levels), "time, quartiles"], lines)
+    """At each level the scores, and what a recipe has over plain training of either length."""
+    metric = _in_words(rows[0].metric)
+    head = ["level", "recipe", metric, "plain", "plain, equal passes"]
+    head += ["gain", "gain, equal passes"]
+    others = [row for row in rows if row.name != PLAIN]
+    lines = []
+    for level in rows[0].accuracy:
+        for row in others:
+            line = [in_words(level), row.name]
+            line += [
+                with_error(of[level]) if of else "-" for of in (row.accuracy, row.plain, row.longer)
+            ]
+            line += [points(of[level]) if of else "-" for of in (row.gains, row.equal_gains)]
+            lines.append(line)
+    if len(rows[0].accuracy) > 1:
+        for row in others:
+            lines.append(["mean", row.name, "", "", "", points(row.gain), _equal(row)])
+    return markdown(head, lines)
 
 
 def title(content: dict[str, Any]) -> str:
     settings = content["settings"]
     plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
-    levels = list(dict.fromkeys(in_words(run["level"]) for run in plain))
-    parts = {part + of for part, of, _ in (x.rpartition(" of the data, ") for x in levels)}
-    shared = parts.pop() if len(parts) == 1 else ""
-    levels = [level.removeprefix(shared) for level in levels]
+    shared, levels = shared_part(list(dict.fromkeys(run["level"] for run in plain)))
     what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
     if all(level.endswith(" % wrong labels") for level in levels) and " of the data" not in what:
         what = what.replace(" % wrong labels,", ",")
     kind = "images" if "training_images" in settings else "texts"
+    share = shared.removesuffix("the data")  # "10 % of "
     return (
-        f"{settings['task']}, {settings[f'training_{kind}']} training {kind}: "
-        f"{shared}{what}, {len({run['seed'] for run in plain})} seeds"
+        f"{settings['task']}, {share}{settings[f'training_{kind}']} training {kind}: "
+        f"{what}, {len({run['seed'] for run in plain})} seeds"
     )
 
 
@@ -234,8 +261,12 @@ def _equal(row: Row) -> str:
     return "-" if row.equal_gain is None else points(row.equal_gain)
 
 
-def _quartiles(row: Row) -> str:
-    return "-" if row.time is None else f"{row.time[1]:.2f} to {row.time[2]:.2f}"
+def _time(row: Row) -> str:
+    """The median, and the quartiles unless it is the unit."""
+    if row.time is None:
+        return "-"
+    median, low, high = (f"{value:.2f}" for value in row.time)
+    return median if low == high else f"{median} ({low} to {high})"
 
 
 def _descriptions(content: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import compare_methods
 import comparison_costs
+import comparison_report
 import comparison_runs
 from comparison import RECIPES, TINY, tiny_task, write_recipes
 from comparison_data import TUNING_SEEDS
 from comparison_recipes import Recipe, RecipeBook
+from comparison_report import gain_table, make_rows
 from comparison_results import ResultsFile, RunSpec
 from comparison_runs import build_trainer, plain_length, train_once
 from comparison_statistics import mean_interval, paired_gain, share
@@ -234,7 +236,52 @@ def test_table_and_picture_are_made_again_from_the_file(finished, tmp_path, no_t
     names = [line.split(" | ")[0].strip("| ") for line in lines]
     assert names[2 : names.index("measure")] == list(RECIPES)
     assert (tmp_path / "table.md").read_text() == (folder / "table.md").read_text()
-    assert (tmp_path / "gain_and_cost.png").stat().st_size > 10_000
+    for picture in ("gain_and_cost.png", "gains.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_each_level_has_its_gain_over_plain_training_of_either_length():
+    """Two levels whose gains over as many passes cancel each other out."""
+    scores = {
+        ("plain", "0.2", 1.0): [0.5, 0.6, 0.7],
+        ("sam", "0.2", 1.0): [0.7, 0.8, 0.8],
+        ("plain", "0.2", 2.0): [0.4, 0.6, 0.5],
+        ("plain", "0.4", 1.0): [0.4, 0.4, 0.4],
+        ("sam", "0.4", 1.0): [0.4, 0.5, 0.66],
+        ("plain", "0.4", 2.0): [0.7, 0.7, 0.9],
+    }
+    passes = {"plain": 1.0, "sam": 2.0}
+    runs = [
+        {"recipe": recipe, "level": level, "length": length, "seed": seed, "accuracy": score}
+        | {"passes": passes[recipe] * length}
+        for (recipe, level, length), values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    recipe = {"description": "d", "group": "methods", "options": {}}
+    content = {"settings": {}, "recipes": {"plain": recipe, "sam": recipe}, "runs": runs}
+    rows, _ = make_rows(content, None, "sam")
+    table = [[x.strip() for x in y.split("|")[1:-1]] for y in gain_table(rows).splitlines()]
+    of_level = dict(zip(table[0], table[2], strict=True))
+    assert of_level["level"] == "20 % wrong labels" and of_level["recipe"] == "sam"
+    assert of_level["accuracy"].startswith("0.767 ± ") and of_level["plain"].startswith("0.600 ± ")
+    assert of_level["plain, equal passes"].startswith("0.500 ± ")
+    for column, differences in (
+        ("gain", [20.0, 20.0, 10.0]),
+        ("gain, equal passes", [30.0, 20.0, 30.0]),
+    ):
+        interval = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        expected = f"{np.mean(differences):+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+        assert of_level[column] == expected
+    assert [row[-1][:5] for row in table[3:]] == ["-24.7", "+1.0 "] and table[4][0] == "mean"
+
+
+def test_a_picture_of_the_gains_is_drawn_of_few_recipes_alone(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_report, "STYLES", comparison_report.STYLES[:2])
+    results = ["--from_json", str(finished[0] / "results.json"), "--output_dir", str(tmp_path)]
+    compare_methods.main(results)
+    assert not (tmp_path / "gains.png").exists()
+    compare_methods.main([*results, "--recipes", "every 2nd"])
+    assert (tmp_path / "gains.png").exists()
 
 
 def test_the_table_holds_the_numbers_of_the_runs(finished):

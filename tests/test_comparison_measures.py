@@ -157,9 +157,7 @@ def test_a_part_of_the_data_that_all_levels_have_stands_in_the_title_once():
     content = results()
     for run in content["runs"]:
         run["level"] = {"0": "0 at 0.1"}.get(run["level"], run["level"])
-    expected = (
-        "trec6, 100 training texts: 10 % of the data, mean over 0, 20 % wrong labels, 3 seeds"
-    )
+    expected = "trec6, 10 % of 100 training texts: mean over 0, 20 % wrong labels, 3 seeds"
     assert title(content) == expected
 
 
