@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import torch
 
-        from .diagnostics.loading import UnusableError
+        from .diagnostics.inputs import UnusableError
     except ImportError as error:
         return _fail(f"{error}: pip install 'sam-hf[diagnostics]'")
     shown = warnings.showwarning
@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UnusableError, ValueError) as error:
         return _fail(" ".join(str(error).split()))
     except OSError as error:
-        return _fail(
-            f"{error.filename or 'the output'} cannot be written or read: {error.strerror}"
-        )
+        why = error.strerror or str(error)
+        return _fail(f"{error.filename or 'the output'} cannot be written or read: {why}")
     except torch.OutOfMemoryError as error:
         return _fail(f"--batch_size {arguments.batch_size}: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:
@@ -175,13 +174,8 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _objective(arguments: argparse.Namespace, name: str, data: str) -> Any:
     import torch
 
-    from .diagnostics.loading import (
-        DataOptions,
-        UnusableError,
-        import_plugin,
-        load_batches,
-        load_model,
-    )
+    from .diagnostics.inputs import DataOptions, UnusableError
+    from .diagnostics.loading import import_plugin, load_batches, load_model
     from .diagnostics.objective import Objective
 
     for plugin in arguments.plugin:

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--text_column",
         action="append",
         default=[],
-        help="with texts; twice for pairs (default: the first of strings)",
+        help="with texts; twice for pairs (default: where there can be no doubt)",
     )
     data.add_argument("--label_column", help="default: label, labels or the only one of numbers")
     data.add_argument("--image_column", help="default: the first with images")
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     sharpness = commands.add_parser(
         "sharpness", parents=[shared], help="measures of the loss around the weights, as JSON"
     )
-    sharpness.add_argument("model", help="folder or Hub name")
+    sharpness.add_argument("model", type=_name, help="folder or Hub name")
     sharpness.add_argument("data", nargs="?", default="digits", help=_DATA)
     what = sharpness.add_argument_group("measures")
     what.add_argument("--rho", type=float, default=0.05, help="SAM's ball (default: %(default)s)")
@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[shared],
         help="the loss on a line or a plane through the weights, as picture and parquet",
     )
-    landscape.add_argument("model", help="folder or Hub name")
+    landscape.add_argument("model", type=_name, help="folder or Hub name")
     landscape.add_argument(
         "more", nargs="*", metavar="[MODEL2] [DATA]", help=f"another model, beside it; {_DATA}"
     )
@@ -137,6 +137,11 @@ _DATA = (
     "DATA: digits (the default), a parquet, csv or json file, a folder, or a Hub name, as name or "
     "name:configuration"
 )
+
+
+def _name(text: str) -> str:
+    """Without the slash that the shell adds to a folder."""
+    return text.rstrip("/") or text
 
 
 def _count(text: str) -> int:

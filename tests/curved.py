@@ -106,6 +106,6 @@ def nothing(count: int = 2) -> list[dict[str, Tensor]]:
     return [{"x": torch.zeros(4, 1)} for _ in range(count)]
 
 
-def classifier(dropout: float = 0.0, size: int = 4, n: int = 10) -> Objective:
+def classifier(dropout: float = 0.0, size: int = 4, n: int = 10, **options: str) -> Objective:
     torch.manual_seed(0)
-    return Objective(Classifier(dropout), batches(examples(n), size))
+    return Objective(Classifier(dropout), batches(examples(n), size), **options)

@@ -26,7 +26,8 @@ from transformers import (
 
 from sam_hf import cli
 from sam_hf.diagnostics import Objective, read_landscape, worst_sharpness
-from sam_hf.diagnostics.loading import DataOptions, load_batches, load_model
+from sam_hf.diagnostics.inputs import DataOptions, UnusableError
+from sam_hf.diagnostics.loading import load_batches, load_model
 
 QUICK = ["--examples", "24", "--batch_size", "8"]
 FEW = [*QUICK, "--steps", "2", "--samples", "2", "--iterations", "3", "--trace_samples", "2"]
@@ -171,15 +172,15 @@ def test_texts_from_files_and_folders(bert, tmp_path, kind):
 
 def test_labels_by_name_and_in_another_order_are_those_of_the_model(bert, tmp_path):
     model = load_model(bert)
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
-    named = Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features)
+    features = Features({"words": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    named = Dataset.from_dict({"words": ["good", "bad"], "label": [0, 1]}, features=features)
     named.save_to_disk(tmp_path / "named")
-    words = Dataset.from_dict({"text": ["good", "bad"], "label": ["pos", "neg"]})
+    words = Dataset.from_dict({"words": ["good", "bad"], "label": ["pos", "neg"]})
     words.to_parquet(tmp_path / "words.parquet")
     for name in ("named", "words.parquet"):
-        options = DataOptions(str(tmp_path / name), text_columns=["text"])
-        (batch,) = load_batches(options, model, bert)
+        (batch,) = load_batches(DataOptions(str(tmp_path / name)), model, bert)
         assert batch["labels"].tolist() == [1, 0]
+        assert batch["input_ids"].shape == (2, 3)  # the label is no part of the text
 
 
 def test_labels_are_matched_however_they_are_written_and_told_where_they_are_not(bert, tmp_path):
@@ -188,13 +189,74 @@ def test_labels_are_matched_however_they_are_written_and_told_where_they_are_not
         features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
         rows = Dataset.from_dict({"text": ["good", "bad"], "label": [0, 1]}, features=features)
         rows.save_to_disk(tmp_path / names[0])
-        options = DataOptions(str(tmp_path / names[0]), text_columns=["text"])
+        options = DataOptions(str(tmp_path / names[0]))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             (batch,) = load_batches(options, model, bert)
         assert batch["labels"].tolist() == expected
         told = [str(w.message) for w in caught if "classes of the data" in str(w.message)]
         assert len(told) == (names[0] == "good")
+
+
+def test_classes_that_differ_in_case_alone_stay_apart(bert, tmp_path):
+    names = ["A", "B", "a", "b"]
+    model = load_model(bert)
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.config.num_labels = 4
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"text": ["a"] * 4, "label": [0, 1, 2, 3]}, features=features)
+    rows.save_to_disk(tmp_path / "data")
+    (batch,) = load_batches(DataOptions(str(tmp_path / "data")), model, bert)
+    assert sorted(batch["labels"].tolist()) == [0, 1, 2, 3]
+    model.config.label2id = {"Ab": 0, "aB": 1}
+    Dataset.from_dict({"text": ["a"], "label": ["AB"]}).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(UnusableError, match="the label 'AB' is none of the model's: Ab, aB"):
+        load_batches(DataOptions(str(tmp_path / "x.parquet")), model, bert)
+
+
+def test_a_model_that_names_its_classes_by_number_alone(bert, tmp_path):
+    model = load_model(bert)
+    model.config.label2id = None
+    Dataset.from_dict({"text": ["good", "bad"], "label": ["pos", "pos"]}).to_csv(tmp_path / "x.csv")
+    (batch,) = load_batches(DataOptions(str(tmp_path / "x.csv")), model, bert)
+    assert batch["labels"].tolist() == [1, 1]
+
+
+def test_pairs_that_are_known_are_taken_and_the_text_among_others(bert, tmp_path):
+    model = load_model(bert)
+    rows = {"id": ["a"], "premise": ["good"], "hypothesis": ["the film"], "label": [True]}
+    for columns, length in ((("premise", "hypothesis"), 6), (("premise",), 3)):
+        kept = {name: x for name, x in rows.items() if name in (*columns, "id", "label")}
+        kept = {"text" if columns == (name,) else name: x for name, x in kept.items()}
+        Dataset.from_dict(kept).to_parquet(tmp_path / f"{length}.parquet")
+        (batch,) = load_batches(DataOptions(str(tmp_path / f"{length}.parquet")), model, bert)
+        assert batch["input_ids"].shape == (1, length) and batch["labels"].tolist() == [1]
+
+
+def save_gpt(folder):
+    save_bert(folder, kind=BertForMaskedLM)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS))).save_pretrained(folder)
+    return str(folder)
+
+
+def test_texts_in_which_nothing_is_to_be_predicted_are_left_out_with_a_line(tmp_path):
+    gpt = save_gpt(tmp_path / "gpt")
+    model = load_model(gpt)
+    Dataset.from_dict({"text": ["good film", "", "bad", "a bad film"]}).to_parquet(
+        tmp_path / "texts.parquet"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        real = BertTokenizer.__call__
+        patch.setattr(
+            BertTokenizer,
+            "__call__",
+            lambda self, *texts, **options: real(self, *texts, add_special_tokens=False, **options),
+        )
+        options = DataOptions(str(tmp_path / "texts.parquet"), batch_size=1)
+        with pytest.warns(UserWarning, match="2 of 4 texts are left out: they have no second"):
+            batches = load_batches(options, model, gpt)
+    assert sorted(batch["input_ids"].shape[1] for batch in batches) == [2, 3]
 
 
 def test_a_folder_of_images_and_a_language_model(vit, tmp_path):
@@ -204,13 +266,10 @@ def test_a_folder_of_images_and_a_language_model(vit, tmp_path):
     model = load_model(vit)
     (batch,) = load_batches(DataOptions(str(tmp_path / "images")), model, vit)
     assert batch["labels"].tolist() == [1, 2]  # by name: those of the folder are 0 and 1
-    folder = tmp_path / "gpt"
-    save_bert(folder, kind=BertForMaskedLM)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-    GPT2LMHeadModel(GPT2Config(**sizes, vocab_size=len(WORDS))).save_pretrained(folder)
+    folder = save_gpt(tmp_path / "gpt")
     Dataset.from_dict(TEXTS).to_parquet(tmp_path / "texts.parquet")
     options = DataOptions(str(tmp_path / "texts.parquet"), examples=5)
-    (batch,) = load_batches(options, load_model(str(folder)), str(folder))
+    (batch,) = load_batches(options, load_model(folder), folder)
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
@@ -239,6 +298,22 @@ def wrong(vit, bert, tmp_path):
         tmp_path / "x.parquet"
     )
     (tmp_path / "wrong.py").write_text("def")
+    Dataset.from_dict(TEXTS).save_to_disk(tmp_path / "saved")
+    dirty = {"none": ["good", None], "foreign": ["good", "bad"], "n": [0, 1], "null": [0, None]}
+    dirty["string"] = ["pos", "no"]
+    Dataset.from_dict(dirty).to_parquet(tmp_path / "dirty.parquet")
+    dirty = str(tmp_path / "dirty.parquet")
+    foreign = save_bert(tmp_path / "foreign")
+    (tmp_path / "foreign" / "vocab.txt").write_text(
+        "\n".join([*WORDS[:5], *"abcdef", "good", "bad"])
+    )
+    shutil.rmtree(tmp_path / "foreign" / "tokenizer.json", ignore_errors=True)
+    (tmp_path / "foreign" / "tokenizer.json").unlink(missing_ok=True)
+    BertTokenizer(str(tmp_path / "foreign" / "vocab.txt")).save_pretrained(foreign)
+    pictures = tmp_path / "pictures"
+    for label in "12":
+        (pictures / label).mkdir(parents=True)
+        (pictures / label / "0.png").write_text("no picture")
     x = str(tmp_path / "x.parquet")
     other = save_vit(tmp_path / "wide", hidden=32)
     masked = save_bert(tmp_path / "masked", kind=BertForMaskedLM)
@@ -268,7 +343,29 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", vit, "--plugin", str(tmp_path / "wrong.py")], "wrong.py: "),
         (["sharpness", bert, x], "which column holds the labels? There are a, b, n, k"),
         (["sharpness", bert, x, "--label_column", "z"], "--label_column 'z': there are a, b, n, k"),
-        (["sharpness", bert, x, "--label_column", "n"], "the label 7 is none of the model's"),
+        (["sharpness", bert, x, "--label_column", "k"], "which column holds the texts? There are"),
+        (
+            ["sharpness", bert, x, "--label_column", "n", "--text_column", "a"],
+            "the label 7 is none",
+        ),
+        (["sharpness", bert, str(tmp_path / "saved"), "--split", "test"], "saved has no splits"),
+        (
+            ["sharpness", bert, dirty, "--text_column", "none", "--label_column", "n"],
+            "1 of 2 texts",
+        ),
+        (
+            ["sharpness", bert, dirty, "--text_column", "foreign", "--label_column", "null"],
+            "the label None is none of the model's",
+        ),
+        (
+            ["sharpness", bert, dirty, "--text_column", "foreign", "--label_column", "string"],
+            "the label 'no' is none of the model's",
+        ),
+        (
+            ["sharpness", foreign, dirty, "--text_column", "foreign", "--label_column", "n"],
+            "they do not belong together",
+        ),
+        (["sharpness", vit, str(pictures)], "--image_column 'image': an image cannot be read: "),
         (["sharpness", bert, x, "--text_column", "z", "--label_column", "k"], "--text_column 'z'"),
         (["sharpness", vit, x, "--label_column", "k"], "which column holds the images"),
         (["sharpness", vit, x, "--label_column", "k", "--image_column", "z"], "--image_column 'z'"),

@@ -11,7 +11,7 @@ from real_models import bert, tokens
 from tiny import Classifier, Rows, assert_same_bits, examples, sam_trainer, weights
 from transformers import Trainer, set_seed
 
-from sam_hf.diagnostics import Objective, Plan, SharpnessCallback, measure
+from sam_hf.diagnostics import Objective, Plan, SharpnessCallback, callback, measure
 
 QUICK = Plan(steps=2, samples=2, iterations=3, trace_samples=2)
 
@@ -155,6 +155,41 @@ def test_a_measure_that_fails_is_a_warning_and_the_training_goes_on():
     with pytest.warns(UserWarning, match="no sharpness at update 1: "):
         trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_where_memory_is_short_the_training_goes_on(monkeypatch):
+    def short(*args):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(Objective, "value", short)
+    trainer = trainer_of(4)
+    with pytest.warns(UserWarning, match="no sharpness at update 4: no memory is left"):
+        trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_the_best_model_alone_has_a_picture_and_a_resumed_run_forgets_it(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    options = {**saving, "load_best_model_at_end": True}
+    trainer = bert_trainer(tmp_path, 0, **options, max_steps=2)
+    trainer.train()
+    assert "sharpness/loss" not in callback_of(trainer).history
+    assert (tmp_path / "sharpness.png").exists()
+    trainer.state.save_to_json(str(tmp_path / "checkpoint-2" / "trainer_state.json"))
+    longer = bert_trainer(tmp_path, 0, **options, max_steps=4)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (pair,) = callback_of(longer).history["sharpness/best_loss"]
+    assert pair[0] == longer.state.best_global_step
+
+
+def test_the_picture_says_how_many_examples_were_measured(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(callback, "plot_history", lambda *_, title: titles.append(title))
+    trainer_of(0, folder=tmp_path).train()  # 10 were asked for, in batches of 8
+    few = trainer_of(folder=tmp_path)
+    few.add_callback(SharpnessCallback(few, plan=QUICK, examples=256))
+    few.train()
+    assert titles == ["Sharpness on 16 examples", "Sharpness on 24 examples"]
 
 
 def test_of_the_best_model_the_measures_are_its_own(tmp_path):

@@ -110,6 +110,52 @@ def test_between_two_models_weights_and_running_statistics_go_along():
     assert_same_bits(second, before[1])
 
 
+def test_running_statistics_stay_beyond_the_two_models():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double() for _ in range(2)]
+    x = torch.randn(16, 5, dtype=torch.float64)
+    models[1](9 * x)
+    objective = Objective(models[0], [x], loss=lambda m, x: m(x).square().mean())
+    plane = connecting_plane(objective, models[1])
+    assert (models[1][1].running_var - 1).max() > 0.5  # linearly, at -2 it is below 0
+    for end, statistics in ((-2.0, models[0][1]), (3.0, models[1][1])):
+        beyond = copy.deepcopy(models[0])
+        beyond[1].load_state_dict(statistics.state_dict())
+        with torch.no_grad():
+            ends = [dict(m.named_parameters()) for m in models]
+            for name, w in beyond.named_parameters():
+                w.copy_(ends[0][name] + end * (ends[1][name] - ends[0][name]))
+        expected = beyond.eval()(x).square().mean().item()
+        found = scan(objective, plane, [[end]], progress=False).losses
+        assert found.item() == pytest.approx(expected, rel=1e-10)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(4, 4, dtype=torch.float64) for _ in range(2))
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))).square().mean()
+
+
+def test_a_line_between_tied_and_untied_weights_ends_at_the_second_or_is_refused():
+    torch.manual_seed(0)
+    tied, untied = Tied(True), Tied(False)
+    x = [torch.randn(8, 4, dtype=torch.float64)]
+    objective = Objective(untied, x, loss=lambda m, x: m(x))
+    line = scan(objective, connecting_plane(objective, tied), [[0.0, 1.0]], progress=False)
+    ends = [untied(x[0]).item(), tied(x[0]).item()]
+    assert line.losses.tolist() == pytest.approx(ends, rel=1e-12)
+    backwards = Objective(tied, x, loss=lambda m, x: m(x))
+    with pytest.raises(
+        ValueError, match=r"second\.weight is tied to first\.weight in the first one"
+    ):
+        connecting_plane(backwards, untied)
+
+
 def test_a_line_to_a_third_model_does_not_take_the_file_of_the_second(tmp_path):
     objective, file = classifier(), tmp_path / "line.parquet"
     others = []
@@ -271,7 +317,15 @@ def test_a_history_is_drawn_with_a_frame_for_each_measure(tmp_path):
         (lambda o: scan(o, random_plane(o), [AXIS]), "coordinates has 1 axes, and the plane 2"),
         (lambda o: scan(o, random_plane(o), [AXIS, [1.0, 0.0]]), "Allowed: rising numbers"),
         (lambda o: scan(o, random_plane(o), [AXIS, []]), "Allowed: rising numbers"),
+        (
+            lambda o: scan(o, random_plane(o), [AXIS] * 3),
+            "coordinates has 3 axes. Allowed: 1 and 2",
+        ),
+        (lambda o: random_plane(o, 3), "dimensions=3 is not allowed. Allowed: 1 and 2"),
+        (lambda o: eigenvector_plane(o, 0), "dimensions=0 is not allowed. Allowed: 1 and 2"),
+        (lambda o: random_plane(classifier(params="norms")), "params='norms' selects no weight of"),
         (lambda o: plot_landscapes([], None), "one or more"),
+        (lambda o: plot_history({}, None), "history is empty"),
     ],
 )
 def test_what_makes_no_grid_is_refused(action, said):

@@ -11,6 +11,7 @@ from real_models import bert
 from reference_sharpness import dense_hessian, flat
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import nn
+from torch.utils.data import DataLoader
 
 from sam_hf.diagnostics import (
     Objective,
@@ -116,13 +117,54 @@ def test_all_measures_leave_the_model_and_the_world_as_they_were():
         p.grad = torch.ones_like(p)
     before, modes = weights(model), [m.training for m in model.modules()]
     state = torch.get_rng_state()
-    objective = Objective(model, batches(examples(8), 4))
+    loader = DataLoader(examples(8), batch_size=4, shuffle=True)  # it draws from the global state
+    objective = Objective(model, loader)
     measure(objective)
     scan(objective, random_plane(objective), [[-1.0, 0.0, 1.0]] * 2, progress=False)
     assert_same_bits(model, before)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(state, torch.get_rng_state())
     assert all((p.grad == 1).all() for p in model.parameters())
+
+
+def test_where_memory_is_short_for_exact_products_there_are_differences(monkeypatch):
+    objective = classifier()
+    v = objective.random_vector(torch.Generator().manual_seed(0))
+    expected = flat(classifier(products="differences").hessian_product(v))
+
+    def short(*args):
+        raise torch.OutOfMemoryError("no memory is left\nand more")
+
+    monkeypatch.setattr(Objective, "_exact_product", short)
+    with pytest.warns(UserWarning, match="Exact ones failed: no memory is left$"):
+        assert torch.equal(flat(objective.hessian_product(v)), expected)
+    assert objective.products == "differences"
+
+
+def test_a_loss_that_is_no_number_has_no_measures():
+    """A batch without a target has such a loss, and a gradient of 0."""
+    data = batches(examples(8), 4)
+    data[0]["labels"] = torch.full((4,), -100)
+    with pytest.raises(ValueError, match="the loss at the weights is nan: there is nothing to"):
+        measure(Objective(Classifier(), data))
+
+
+def test_the_usual_size_of_a_batch_is_that_of_most():
+    data = [*batches(examples(2), 2), *batches(examples(12, seed=1), 4)]
+    objective = Objective(Classifier(), data)
+    assert (objective.usual_size, objective.usual_batches) == (4, 3)
+    assert "gradient_noise" in measure(objective)
+
+
+def test_gradients_of_a_sparse_embedding_are_those_of_a_dense_one():
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Embedding(5, 3, sparse=sparse)
+        data = [torch.tensor([0, 1, 1]), torch.tensor([4, 1, 0])]
+        objective = Objective(model, data, loss=lambda m, x: m(x).square().mean())
+        found.append(gradient_noise(objective))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("where", [1, 2, 5, 9])

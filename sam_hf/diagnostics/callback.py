@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..backends.processes import is_distributed
 from ..replay import RandomState
 from ..side_effects import SideEffects, undoing
 from .batches import batch_size
@@ -51,8 +52,9 @@ class SharpnessCallback(TrainerCallback):
     history is drawn into `sharpness.png` and `.svg` in the output folder. The model cards of
     trainers with SAM show it.
 
-    With `load_best_model_at_end` the best model is measured too, as `sharpness/best_*`. A measure
-    that fails (a loss that is no number) is a warning, and the training goes on.
+    With `load_best_model_at_end` the measure at the end is that of the best model, as
+    `sharpness/best_*`. A measure that fails (a loss that is no number, in one process memory that
+    is short) is a warning, and the training goes on.
 
     On several processes with whole weights (DDP) each measures its own examples; the results are
     those of all. Sharded weights are refused when training begins.
@@ -61,7 +63,7 @@ class SharpnessCallback(TrainerCallback):
         trainer: whose loss and data are used.
         every: updates between two measures; 0: at the end alone.
         plan: what to measure.
-        examples: how many, on each process.
+        examples: how many on each process, rounded up to whole batches, if there are so many.
         dataset: another data set than that of the evaluation.
         params: which weights the loss is a function of, as in `Objective`.
 
@@ -96,6 +98,7 @@ class SharpnessCallback(TrainerCallback):
         self._trainer, self._every, self._examples = trainer, every, examples
         self._plan, self._dataset, self._params = plan or Plan(), dataset, params
         self._batches: list[Any] | None = None
+        self._measured = 0  # examples, of all processes
         self._last: int | None = None
 
     def on_train_begin(
@@ -125,7 +128,7 @@ class SharpnessCallback(TrainerCallback):
         self._batches = None
         if state.is_world_process_zero and self._shown():
             try:
-                title = f"Sharpness on {self._examples} examples"
+                title = f"Sharpness on {self._measured} examples"
                 plot_history(self._shown(), Path(str(args.output_dir)) / PICTURE, title=title)
             except (ImportError, OSError) as error:
                 warnings.warn(f"no picture of the sharpness: {error}", stacklevel=2)
@@ -147,16 +150,18 @@ class SharpnessCallback(TrainerCallback):
     # ------------------------------------------------------------------------------------- inside
 
     def _shown(self) -> dict[str, Sequence[tuple[int, float]]]:
-        logged = {title: self.history.get(f"{PREFIX}{name}") for name, title in _DRAWN.items()}
+        # The best model is drawn where it alone was measured.
+        prefix = PREFIX if f"{PREFIX}loss" in self.history else BEST
+        logged = {title: self.history.get(f"{prefix}{name}") for name, title in _DRAWN.items()}
         return {title: pairs for title, pairs in logged.items() if pairs}
 
     @staticmethod
     def _logged(state: TrainerState) -> dict[str, list[tuple[int, float]]]:
-        """What a run that is resumed has logged before."""
+        """What a run that is resumed has logged before, but of a model that was then the best."""
         found: dict[str, list[tuple[int, float]]] = {}
         for entry in state.log_history:
             for name, value in entry.items():
-                if name.startswith(PREFIX):
+                if name.startswith(PREFIX) and not name.startswith(BEST):
                     found.setdefault(name, []).append((int(entry["step"]), value))
         return found
 
@@ -167,8 +172,14 @@ class SharpnessCallback(TrainerCallback):
         side_effects = SideEffects(self._trainer, state, skip=_NOT_RESTORED)
         try:
             with undoing(side_effects.restore):
-                found = measure(self._objective(model), self._plan)
-        except (ValueError, ArithmeticError) as error:  # it may be too large for a float
+                objective = self._objective(model)
+                self._measured = objective.example_count
+                found = measure(objective, self._plan)
+        # Too large for a float, or memory is short: on one of several processes that is no error to
+        # go on from, since the others wait for it.
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and is_distributed():
+                raise
             warnings.warn(f"no sharpness at update {state.global_step}: {error}", stacklevel=2)
             return
         values = {f"{prefix}{name}": value for name, value in found.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def scan(
     coordinates: Sequence[Sequence[float]],
     *,
     name: str = "model",
-    path: Path | None = None,
+    path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Landscape:
     """The loss at w + Σ a_i d_i for all a of a grid.
@@ -72,6 +73,9 @@ def scan(
         ValueError: the numbers of axes differ, or the file is of something else.
     """
     axes = [[float(a) for a in axis] for axis in coordinates]
+    file = None if path is None else Path(path)
+    if len(axes) not in (1, 2):
+        raise ValueError(f"coordinates has {len(axes)} axes. Allowed: 1 and 2")
     if len(axes) != len(plane.directions):
         raise ValueError(f"coordinates has {len(axes)} axes, and the plane {len(plane.directions)}")
     for axis in axes:
@@ -82,9 +86,9 @@ def scan(
     facts |= {"examples": objective.example_count, "loss_at_weights": objective.value()}
     losses = torch.full([len(axis) for axis in axes], math.nan, dtype=torch.float64)
     landscape = Landscape(name, plane.labels, axes, losses, facts)
-    if path is not None:
-        _take_over(landscape, path, objective.weights[0].device)
-        _refuse_other_directions(objective, plane, landscape, path)
+    if file is not None:
+        _take_over(landscape, file, objective.weights[0].device)
+        _refuse_other_directions(objective, plane, landscape, file)
     points = [tuple(i) for i in losses.isnan().nonzero().tolist()]
     bar = tqdm(
         total=losses.numel(),
@@ -95,8 +99,8 @@ def scan(
     )
 
     def write() -> None:
-        if path is not None and is_main_process():
-            write_landscape(landscape, path)
+        if file is not None and is_main_process():
+            write_landscape(landscape, file)
 
     written = time.monotonic()
     try:
@@ -122,7 +126,8 @@ def _loss_at(objective: Objective, plane: Plane, at: Sequence[float]) -> float:
     try:
         with objective.moved(offset):
             for name, change in plane.buffers.items():
-                buffers[name].copy_(saved[name] + at[0] * change)
+                # Not beyond the two models: a running variance would become negative.
+                buffers[name].copy_(saved[name] + min(max(at[0], 0.0), 1.0) * change)
             loss = objective.value()
     finally:
         for name, value in saved.items():

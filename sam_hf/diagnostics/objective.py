@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import mode
 from typing import Any, TypeAlias
 
 import torch
@@ -49,7 +50,8 @@ class Objective:
         products: how Hessian-vector products are made: "exact", by a backward pass through the
             backward pass; "differences", central differences of gradients; "auto" tries the first
             and falls back to the second, with a warning, where a kernel has no second derivative:
-            it fails, or its first product is far from that of the differences.
+            it fails, or its first product is far from that of the differences, or where, in one
+            process, memory is short.
 
     Raises:
         ValueError: weights are sharded or in half precision, there is no batch, no parameter is
@@ -85,13 +87,15 @@ class Objective:
                 "is coarser than what is measured. Allowed: float32 and float64. Load the model "
                 "with dtype=torch.float32"
             )
+        self._device = self.weights[0].device
+        random_state = self._random_state()
         self.batches = list(batches)
+        random_state.restore()  # a loader draws its seed from the global generator
         if not self.batches:
             raise ValueError("batches is empty: at least one batch is needed")
         self.products = products
         self._has_warned = False
         self._loss = loss or loss_of_model
-        self._device = self.weights[0].device
         self.is_shared = is_distributed()
         self.batch_sizes = [batch_size(batch) for batch in self.batches]
         if not all(self.batch_sizes):
@@ -103,7 +107,7 @@ class Objective:
         sum_over_processes_([total])
         self.example_count = int(total.item())
         # Of all processes: what one of them does, all must do.
-        self.usual_size = largest_over_processes(self.batch_sizes[0], self._device)
+        self.usual_size = largest_over_processes(mode(self.batch_sizes), self._device)
         usual = torch.tensor(self.batch_sizes.count(self.usual_size), device=self._device)
         sum_over_processes_([usual])
         self.usual_batches = int(usual.item())
@@ -150,9 +154,9 @@ class Objective:
             return self._exact_product(vector)
         try:
             product = self._exact_product(vector)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, NotImplementedError) as error:
+            if self.is_shared and isinstance(error, torch.OutOfMemoryError):
+                raise  # the other processes go on with exact ones
             why = str(error).splitlines()[0]
         else:
             if not refute(self, product, vector):
@@ -225,7 +229,7 @@ class Objective:
         part.batches = [self.batches[i] for i in positions]
         part.batch_sizes = [self.batch_sizes[i] for i in positions]
         part.example_count = sum(part.batch_sizes)
-        part.usual_size = part.batch_sizes[0]
+        part.usual_size = mode(part.batch_sizes)
         part.usual_batches = part.batch_sizes.count(part.usual_size)
         return part
 
@@ -261,7 +265,11 @@ class Objective:
     def _derivative(output: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         if not output.requires_grad:  # it depends on none of them
             return [torch.zeros_like(w) for w in weights]
-        return list(torch.autograd.grad(output, weights, materialize_grads=True))
+        grads = torch.autograd.grad(output, weights, materialize_grads=True)
+        return [g.to_dense() if g.is_sparse else g for g in grads]
+
+    def _random_state(self) -> RandomState:
+        return RandomState([self._device] if self._device.type != "cpu" else [])
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -273,7 +281,7 @@ class Objective:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        random_state = RandomState([self._device] if self._device.type != "cpu" else [])
+        random_state = self._random_state()
         # Accelerate shadows `forward` with one that opens autocast.
         own = self.model.__dict__
         shadow = own.get("forward") if "_original_forward" in own else None

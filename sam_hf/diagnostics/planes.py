@@ -25,7 +25,7 @@ class Plane:
     Args:
         directions: each has one tensor for each of the objective's `names`.
         labels: what stands at the axes.
-        buffers: changes of the model's buffers along the first direction, by name.
+        buffers: changes of the model's buffers from 0 to 1 on the first direction, by name.
         facts: what else is known of the directions, for the file.
     """
 
@@ -49,9 +49,19 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
     pictures of two networks comparable. One unit is as far as the weights are long.
 
     Args:
+        dimensions: 1 or 2.
         seed: the same one gives two models of one architecture the same directions, up to the
             lengths of their filters.
+
+    Raises:
+        ValueError: `dimensions` is neither, or no weight of the objective has filters.
     """
+    _check_dimensions(dimensions)
+    if all(w.ndim < 2 for w in objective.weights):
+        raise ValueError(
+            f"params={objective.params!r} selects no weight of two dimensions or more, and random "
+            "directions move those alone. Allowed: eigenvectors, or other params"
+        )
     generator = torch.Generator().manual_seed(seed)
     outputs = _output_dimensions(objective.model)
     directions = []
@@ -67,6 +77,11 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
         directions.append(direction)
     labels = ["random direction, filter-normalised", "another random direction"][:dimensions]
     return Plane(directions, labels, facts={"directions": "random", "seed": seed})
+
+
+def _check_dimensions(dimensions: int) -> None:
+    if dimensions not in (1, 2):
+        raise ValueError(f"dimensions={dimensions!r} is not allowed. Allowed: 1 and 2")
 
 
 def _output_dimensions(model: nn.Module) -> dict[int, int]:
@@ -87,6 +102,7 @@ def eigenvector_plane(
     One unit is a Euclidean distance of 1 in the space of the weights. Of v and -v, both of which
     are eigenvectors, it is the one whose largest component is positive.
     """
+    _check_dimensions(dimensions)
     pairs = top_eigenpairs(objective, dimensions, iterations=iterations, seed=seed)
     if len(pairs.values) < dimensions:
         raise ValueError(
@@ -112,8 +128,9 @@ def eigenvector_plane(
 def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
     """The line from a model (at 0) to another one of the same architecture (at 1).
 
-    Buffers with fractions, such as running statistics, move along with the weights. Those of
-    BatchNorm are not those of the weights in between: there the loss is higher than it need be.
+    Buffers with fractions, such as running statistics, move along with the weights from 0 to 1 and
+    stay beyond, where variances would become negative. Those of BatchNorm are not those of the
+    weights in between: there the loss is higher than it need be.
 
     Raises:
         ValueError: the other model has weights of other shapes, or differs in weights that the
@@ -132,20 +149,25 @@ def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
             f"differ in {', '.join(differing[:3])}. Allowed: two checkpoints of one architecture"
         )
     theirs = {name: x.to(ours[name].device) for name, x in theirs.items()}
-    by_name = dict(unwrap(other).named_parameters())
     own_names = {id(p): name for name, p in objective.model.named_parameters()}
     moved_names = {own_names[id(w)] for w in objective.weights}
-    for name, parameter in objective.model.named_parameters():
-        if name not in moved_names and not torch.equal(parameter, theirs[name]):
+    for name, parameter in objective.model.named_parameters(remove_duplicate=False):
+        shared = own_names[id(parameter)]  # where the weight is tied, the first of its names
+        if shared not in moved_names and not torch.equal(parameter, theirs[name]):
             raise ValueError(
                 f"the line would not end at the second model: {name} differs, and "
                 f"params={objective.params!r} leaves it where it is. Allowed: 'all', with no "
                 "frozen weights that differ"
             )
+        if name != shared and not torch.equal(theirs[name], theirs[shared]):
+            raise ValueError(
+                f"the line would not end at the second model: {name} is tied to {shared} in the "
+                "first one, and differs from it in the second. Allowed: begin at the second"
+            )
     digest = hashlib.sha256()
     add_to_hash(digest, theirs)
     with torch.no_grad():
-        direction = [by_name[own_names[id(w)]].to(w.device, w.dtype) - w for w in objective.weights]
+        direction = [theirs[own_names[id(w)]].to(w.dtype) - w for w in objective.weights]
         moved = {
             name: theirs[name].to(x.dtype) - x
             for name, x in objective.model.named_buffers()

@@ -117,7 +117,12 @@ def plot_history(
     Args:
         history: for each measure pairs of update and value.
         path: without an ending; a PNG and an SVG are written.
+
+    Raises:
+        ValueError: there is no measure.
     """
+    if not history:
+        raise ValueError("history is empty: there is nothing to draw")
     columns = min(len(history), 3)
     rows = math.ceil(len(history) / columns)
     figure = _figure(3.6 * columns, 2.8 * rows + 0.4)

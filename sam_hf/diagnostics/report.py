@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Plan:
         iterations: of the Lanczos method, at most.
         trace_samples: of `hessian_trace`.
         seed: of all that is drawn.
-        noise: measure the noise of the gradients, if there are two batches or more.
+        noise: measure the noise of the gradients, if two batches or more are of the usual size.
         budget: say which weights the perturbation is spent on.
 
     Raises:
@@ -68,7 +69,11 @@ class Plan:
 
 
 def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:
-    """Every measure that the plan asks for, by name; `NAME_error` is its standard error."""
+    """Every measure that the plan asks for, by name; `NAME_error` is its standard error.
+
+    Raises:
+        ValueError: the loss is not finite, or `m` does not fit the batches.
+    """
     return {name: value for part in measures(objective, plan) for name, value in part.items()}
 
 
@@ -77,7 +82,10 @@ def measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[st
     plan = plan or Plan()
     if plan.m is not None:
         groups_of(objective, plan.m)  # what is refused is refused before anything is computed
-    yield {"loss": objective.value()}
+    loss = objective.value()
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss at the weights is {loss}: there is nothing to measure around")
+    yield {"loss": loss}
     for prefix, ball in plan.balls().items():
         if plan.steps:
             worst = worst_sharpness(objective, ball, m=plan.m, steps=plan.steps, seed=plan.seed)
