@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from comparison_statistics import Estimate
 
@@ -15,6 +15,20 @@ def in_words(level: str) -> str:
         return f"{part}{100 * float(labels):g} % wrong labels"
     except ValueError:
         return part + labels.replace("_", " ")
+
+
+def in_order(levels: Iterable[str]) -> list[str]:
+    """All data first, and of each part from few wrong labels to many, then those of people."""
+
+    def key(level: str) -> tuple[float, bool, float, str]:
+        labels, _, fraction = level.partition(" at ")
+        part = -float(fraction or 1)
+        try:
+            return part, False, float(labels), ""
+        except ValueError:
+            return part, True, 0.0, labels
+
+    return sorted(levels, key=key)
 
 
 def shared_part(levels: Sequence[str]) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from comparison_costs import extra_memory, relative_time
-from comparison_format import in_words, markdown, points, shared_part, with_error
+from comparison_format import in_order, in_words, markdown, points, shared_part, with_error
 from comparison_measures_table import Measured, measure_recipe, measures_table
 from comparison_plot import STYLES, draw_gain_and_cost, draw_gains
 from comparison_recipes import PLAIN
@@ -124,7 +124,7 @@ def _timed_otherwise(content: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 
 def _row(content: dict[str, Any], runs: dict[Any, Any], name: str, reference: str) -> Row:
     plain, own, ours = runs[PLAIN, 1.0], runs[name, 1.0], runs[reference, 1.0]
-    levels, seeds = list(plain), sorted(next(iter(plain.values())))
+    levels, seeds = in_order(plain), sorted(next(iter(plain.values())))
     metric = _metric(content)
 
     def scores(of: dict[str, dict[int, Any]]) -> np.ndarray:
@@ -232,8 +232,10 @@ def gain_table(rows: Sequence[Row]) -> str:
 def title(content: dict[str, Any]) -> str:
     settings = content["settings"]
     plain = [run for run in content["runs"] if run["recipe"] == PLAIN]
-    shared, levels = shared_part(list(dict.fromkeys(run["level"] for run in plain)))
+    shared, levels = shared_part(in_order({run["level"] for run in plain}))
     what = f"mean over {', '.join(levels)}" if len(levels) > 1 else levels[0]
+    if len(levels) > 4:  # they would not fit above a picture
+        what = f"mean over {len(levels)} kinds of labels"
     if all(level.endswith(" % wrong labels") for level in levels) and " of the data" not in what:
         what = what.replace(" % wrong labels,", ",")
     kind = "images" if "training_images" in settings else "texts"

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import compare_methods
 import comparison_measures
 from comparison import tiny_task
+from comparison_format import in_order
 from comparison_measures import calibration_error, scores
 from comparison_measures_table import measures_table
 from comparison_recipes import Recipe
@@ -159,6 +160,25 @@ def test_a_part_of_the_data_that_all_levels_have_stands_in_the_title_once():
         run["level"] = {"0": "0 at 0.1"}.get(run["level"], run["level"])
     expected = "trec6, 10 % of 100 training texts: mean over 0, 20 % wrong labels, 3 seeds"
     assert title(content) == expected
+
+
+def test_levels_stand_in_order_however_they_were_run():
+    levels = ["worse_label", "0.8", "0.2 at 0.1", "0", "aggre_label", "0 at 0.1", "0.2"]
+    assert in_order(levels) == [
+        *("0", "0.2", "0.8", "aggre_label", "worse_label"),
+        *("0 at 0.1", "0.2 at 0.1"),
+    ]
+    content = results()
+    content["runs"].reverse()
+    rows, _ = make_rows(content, None, "sam")
+    assert list(rows[0].accuracy) == ["0", "0.2 at 0.1"]
+
+
+def test_a_title_with_many_levels_counts_them():
+    content = results()
+    for i, run in enumerate(content["runs"]):
+        run["level"] = f"0.{i % 6}"
+    assert title(content) == "trec6, 100 training texts: mean over 6 kinds of labels, 3 seeds"
 
 
 # ---------------------------------------------------------------------------------------- the table
