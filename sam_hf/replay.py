@@ -85,6 +85,21 @@ def clone_inputs(value: Any) -> Any:
     return value
 
 
+_SMALL = 10_000
+
+
+def _values_of(owner: Any) -> dict[str, Any]:
+    """Its numbers, texts and tensors as they are now: small tensors may be changed in place."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.grad_fn is None and value.numel() <= _SMALL:
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        return value
+
+    found = {k: v for k, v in vars(owner).items() if v is None or isinstance(v, _VALUES)}
+    return {name: kept(value) for name, value in found.items()}
+
+
 Cut = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any], float]]
 """``cut(args, kwargs)``: the same arguments for a part of the examples, and which part it is."""
 
@@ -177,7 +192,7 @@ class Tape:
                 clone_inputs(args),
                 clone_inputs(kwargs),
                 RandomState(self._devices),
-                {k: v for k, v in vars(owner).items() if v is None or isinstance(v, _VALUES)},
+                _values_of(owner),
                 num_items_in_batch,
             )
             self._calls.append(call)
@@ -208,21 +223,33 @@ class Tape:
 
 
 class BufferGuard:
-    """Finds the modules that write their buffers in a forward pass, and undoes such writing.
+    """Finds what a forward pass writes, buffers and frozen weights, and undoes such writing.
 
     A module counts as a writer once a buffer of it was replaced or changed in place between `watch`
     and `preserved`. All buffers of a writer are restored: the kernels of batch norm do not tell
     that they wrote the running mean, but PyTorch's modules count the batches. Other modules that
-    have a `running_mean` count as writers while they train.
+    have a `running_mean` count as writers while they train. Frozen weights that the first pass of a
+    run writes (an average of the trained ones, a teacher) are restored too: the second one would
+    write them from w + e.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._owners = [m for m in model.modules() if any(True for _ in m.buffers(recurse=False))]
         self._writers: dict[nn.Module, None] = {}
         self._seen: list[tuple[nn.Module, list[tuple[Tensor, int]]]] = []
+        # Looked at in the first update alone: a base under adapters has many.
+        self._frozen = [
+            p
+            for p in model.parameters()
+            # Shards and quantized numbers are replaced by others who know what they do.
+            if not p.requires_grad and p.is_floating_point() and not hasattr(p, "to_local")
+        ]
+        self._frozen_seen: list[tuple[int, int]] = []
+        self._written: list[Tensor] = []
 
     def watch(self) -> None:
         """Remember what the buffers are before the first pass."""
+        self._frozen_seen = [_state(p) for p in self._frozen]
         self._seen = [(m, _versions(m)) for m in self._owners if m not in self._writers]
 
     @contextmanager
@@ -235,6 +262,11 @@ class BufferGuard:
             or (module.training and "running_mean" in module._buffers)
         )
         self._seen = []
+        if self._frozen_seen:
+            pairs = zip(self._frozen, self._frozen_seen, strict=True)
+            self._written += [p for p, before in pairs if _state(p) != before]
+            self._frozen, self._frozen_seen = [], []
+        weights = [(p, p.detach().clone()) for p in self._written]
         kept = [
             (module, name, buffer, buffer.clone())
             for module in self._writers
@@ -247,6 +279,8 @@ class BufferGuard:
                 for module, name, buffer, value in kept:
                     buffer.copy_(value)
                     module._buffers[name] = buffer
+                for weight, value in weights:
+                    weight.copy_(value)
 
         with undoing(undo):
             yield
@@ -254,6 +288,11 @@ class BufferGuard:
 
 def _versions(module: nn.Module) -> list[tuple[Tensor, int]]:
     return [(b, version(b)) for b in module._buffers.values() if b is not None]
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """It changes with what is written in place, and with another tensor in the place of `.data`."""
+    return version(weight), weight.data_ptr()
 
 
 def _differ(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:

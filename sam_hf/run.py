@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from .backends import backend_for, reshard
 from .combination import Combination
 from .config import SAMConfig
+from .loss_scale import LossScale
 from .memory import Memory
 from .methods import Dot
 from .params import parameter_groups, plain, select_parameters
@@ -39,36 +39,56 @@ class Run:
         self._seed: int = trainer.args.seed
         self.perturbed = select_parameters(model, config.sam_params)
         self.groups = parameter_groups(model)
+        _refuse_complex(self.perturbed)
         self.backend = backend_for(trainer, list(self.perturbed.values()))
-        self.trained = {plain(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self._model, self._optimizer = model, trainer.optimizer
+        self.trained: dict[str, Tensor] = {}
+        self._find_weights()
         self.ascent = AscentPart(trainer)
         self._may_take_some = not _checkpoints_reentrantly(model, trainer.args)
-        self.memory = Memory(config, self.method, self.backend, self.trained)
+        # Frozen ones too: those that a callback has unfrozen in the run before may have a state.
+        everything = {plain(name): p for name, p in model.named_parameters()}
+        self.memory = Memory(config, self.method, self.backend, everything)
         self.trigger = GradientNormTrigger.of(config, self.memory.state)
         self.combination = Combination(
             self.method, self.memory.state, self.backend, self.trained, trainer.optimizer
         )
-        self.tape = Tape(self.backend.rng_devices)
+        # Also those that hold nothing that is perturbed: their dropout must be the same.
+        devices = {p.device for p in self._in_model if p.device.type not in ("cpu", "meta")}
+        self.rng_devices = self.backend.rng_devices | devices
+        self.tape = Tape(self.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
         self.was_reached = False
         self._has_perturbed = False
-        self._loss_scale: Tensor | None = None
-        self._is_loss_scale_checked = False
+        self.loss_scale = LossScale()
         self._ascent_loss: Tensor | None = None
         self._sharpness: Tensor | None = None
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self.micro_batches = 0
         """How many of the update have begun."""
         self._passes = 0.0
-        # A loss may own parameters that are not the model's: their gradients are replayed too.
-        groups = trainer.optimizer.param_groups if trainer.optimizer is not None else []
-        in_optimizer = (p for group in groups for p in group["params"])
-        self._in_model = list(model.parameters())
-        self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
 
     def close(self) -> None:
         self.combination.close()
+
+    def _find_weights(self) -> None:
+        """See which weights there are, and which of them are trained."""
+        self._in_model = list(self._model.parameters())
+        self.trained.clear()  # others hold it too
+        named = self._model.named_parameters()
+        self.trained.update((plain(name), p) for name, p in named if p.requires_grad)
+        # A loss may own parameters that are not the model's: their gradients are replayed too.
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        in_optimizer = [p for group in groups for p in group["params"]]
+        self._parameters = list(dict.fromkeys([*self._in_model, *in_optimizer]))
+        self._counts = self._count_weights()
+
+    def _count_weights(self) -> tuple[int, int]:
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        # One read for each weight: nobody tells of what a callback freezes or adds.
+        trained = sum(p.requires_grad for p in self._in_model)
+        return trained, sum(len(group["params"]) for group in groups)
 
     # ---- Counting ---------------------------------------------------------------------------
 
@@ -78,6 +98,8 @@ class Run:
         if self.micro_batches == 0:
             self._passes = 0.0
             self.combination.forget()
+            if self._count_weights() != self._counts:
+                self._find_weights()
         before = self.micro_batches, self._passes
         self.micro_batches += 1
         try:
@@ -91,6 +113,7 @@ class Run:
             if self._sharpness is not None:
                 self.readings.add_sharpness(self._sharpness)
             self.micro_batches, self._sharpness = 0, None
+            self.loss_scale.forget()
 
     def count_passes(self, passes: float) -> None:
         """Count forward and backward passes, in units of those over one micro-batch."""
@@ -120,38 +143,12 @@ class Run:
         """Add a share of L(w + e) - L(w) to that of the update."""
         self._sharpness = difference if self._sharpness is None else self._sharpness + difference
 
-    def note_loss_scale(self, calls: list[RecordedCall], returned: Tensor) -> None:
-        """Remember by what a training step multiplied the loss of its calls."""
-        if self._loss_scale is None:
-            losses = [call.loss for call in calls if call.loss is not None]
-            self._loss_scale = returned / torch.stack(losses).sum()
-
-    def check_loss_scale(self, trainer: str, call: RecordedCall, returned: Tensor) -> None:
-        """Once, since it waits for the device: whether Trainer's own step multiplies by the same.
-
-        Raises:
-            RuntimeError: it does not, so the replay would not be that of the training step.
-        """
-        if self._is_loss_scale_checked or self._loss_scale is None or call.loss is None:
-            return
-        ours, theirs = float(returned / call.loss), float(self._loss_scale)
-        if not (math.isfinite(ours) and math.isfinite(theirs)):  # the loss was 0 or no number
-            self._loss_scale = None
-            return
-        self._is_loss_scale_checked = True
-        if abs(ours - theirs) > 0.02 * abs(ours):  # a loss in bfloat16 is no more exact
-            raise RuntimeError(
-                f"{trainer}.training_step returned {theirs:.4g} times what compute_loss returned; "
-                f"Trainer's own returns {ours:.4g} times it. SAM replays compute_loss through "
-                "Trainer.training_step, so that what is done to the loss elsewhere would be lost "
-                "in the second pass. Do it in compute_loss, or set sam_rho=0."
-            )
-
     # ---- The perturbation -------------------------------------------------------------------
 
     def chosen(self, update: int) -> dict[str, nn.Parameter]:
-        """The parameters that the method perturbs in this update, frozen ones included."""
-        names = self.method.choose(list(self.perturbed), update, self._seed)
+        """The parameters that the method perturbs in this update."""
+        trained = [name for name, p in self.perturbed.items() if p.requires_grad]
+        names = self.method.choose(trained, update, self._seed)
         return {name: self.perturbed[name] for name in names}
 
     def taken_alone(self, update: int) -> list[Tensor]:
@@ -159,7 +156,7 @@ class Run:
 
         It needs all of them where the optimizer may get what it computes.
         """
-        weights: list[Tensor] = [p for p in self.chosen(update).values() if p.requires_grad]
+        weights: list[Tensor] = list(self.chosen(update).values())
         needs_all = self.method.keeps_gradient() or self.trigger is not None
         if needs_all or len(weights) == len(self.trained):
             return []
@@ -286,8 +283,7 @@ class Run:
         self.combination.forget()
         self.micro_batches = 0
         self._ascent_loss = self._sharpness = None
-        if not self._is_loss_scale_checked:
-            self._loss_scale = None
+        self.loss_scale.forget()
         self.clear_gradients()
 
     def clear_gradients(self) -> None:
@@ -332,6 +328,15 @@ def _checkpoints_reentrantly(model: nn.Module, args: Any) -> bool:
         function = getattr(module, "_gradient_checkpointing_func", None)
         options.append(getattr(function, "keywords", None) or {})
     return any(option.get("use_reentrant") for option in options)
+
+
+def _refuse_complex(perturbed: Mapping[str, Tensor]) -> None:
+    found = [name for name, p in perturbed.items() if p.is_complex()]
+    if found:
+        raise ValueError(
+            f"{', '.join(found)}: complex weights are not perturbed rightly. Leave them out with "
+            "sam_params, or set sam_rho=0."
+        )
 
 
 def _has_sparse_gradient(weight: Tensor) -> bool:

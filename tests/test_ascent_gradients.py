@@ -6,13 +6,18 @@ import copy
 from typing import Any
 
 import pytest
+import torch
 from method_twins import METHODS, trained
-from tiny import Classifier, examples, sentences, weights
+from tiny import CLASSES, FEATURES, Classifier, examples, sentences, weights
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from twin_runs import assert_same_run
 
 from sam_hf.backends import Backend
+from sam_hf.backends.graph import reaches_its_parameters
 
 
 def count_gradients(model: nn.Module) -> dict[str, int]:
@@ -83,3 +88,57 @@ def test_with_reentrant_checkpointing_all_gradients_are_computed(by, use_reentra
             assert (ends[0][name] - w).abs().max() < 1e-6, name
         for name, count in counts.items():
             assert count == (6 if is_whole or "norm" in name else 3), name
+
+
+class Hidden(nn.Module):
+    """A classifier whose norm takes its gradient from a backward pass within the backward pass."""
+
+    def __init__(self, by: str | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(FEATURES, 6, dtype=torch.float64)
+        self.norm = nn.LayerNorm(6, dtype=torch.float64)
+        self.second = nn.Linear(6, CLASSES, dtype=torch.float64)
+        self.last = nn.LayerNorm(CLASSES, dtype=torch.float64)
+        self.by = by
+
+    def body(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.first(x)))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.by == "checkpoint":
+            hidden = checkpoint(self.body, x.requires_grad_(), use_reentrant=True)
+        elif self.by == "hook" and torch.is_grad_enabled():
+            hidden = self.body(x)
+            cut = hidden.detach().requires_grad_()
+            loss = cross_entropy(self.last(self.second(cut)), labels)
+            (of_cut,) = torch.autograd.grad(loss, cut, retain_graph=True)
+            loss.register_hook(lambda g: hidden.backward(of_cut * g))
+            return {"loss": loss}
+        else:
+            hidden = self.body(x)
+        return {"loss": cross_entropy(self.last(self.second(hidden)), labels)}
+
+
+@pytest.mark.parametrize("sam", [{"sam_params": "norms"}, {"sam_method": "esam"}])
+@pytest.mark.parametrize("by", ["checkpoint", "hook"])
+def test_gradients_that_come_from_a_hidden_part_of_the_graph_are_not_lost(by, sam):
+    ends = []
+    for how in (None, by):
+        model = Hidden(how)
+        trained(model, examples(16), {"sam_rho": 0.5, **sam}, max_steps=3)
+        ends.append(weights(model))
+    for name, expected in ends[0].items():
+        assert_close(ends[1][name], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_what_reaches_its_parameters_is_seen_in_the_graph():
+    model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    assert reaches_its_parameters(model(x).sum())
+    assert reaches_its_parameters(checkpoint(model, x, use_reentrant=False).sum())
+    assert not reaches_its_parameters(
+        checkpoint(model, x.clone().requires_grad_(), use_reentrant=True).sum()
+    )
+    assert not reaches_its_parameters(model(x).detach().requires_grad_().sum())
+    compiled = torch.compile(model, backend="aot_eager")
+    assert reaches_its_parameters(compiled(x).sum())

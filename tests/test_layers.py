@@ -21,6 +21,7 @@ ORDER = [
     "params",
     "side_effects",
     "replay",
+    "loss_scale",
     "perturbation",
     "options_file",
     "checks",

@@ -75,6 +75,21 @@ def test_a_call_keeps_the_plain_attributes_that_it_found():
     assert [call.num_items_in_batch for call in calls] == [7, 7]
 
 
+def test_a_tensor_that_a_call_changes_in_place_is_kept_as_it_was():
+    tape, owner = Tape([]), Owner()
+
+    def call(x):
+        owner.coefficient.mul_(2)
+        return torch.tensor(x)
+
+    with tape.recording(owner, call, None) as recorder:
+        owner.coefficient = torch.ones(())
+        recorder(1.0)
+        recorder(2.0)
+    assert [float(call.attributes["coefficient"]) for call in tape.take()] == [1.0, 2.0]
+    assert owner.coefficient == 4
+
+
 def test_a_call_without_gradients_is_not_recorded():
     tape = Tape([])
     with tape.recording(Owner(), torch.tensor, None) as recorder:
@@ -149,6 +164,31 @@ def test_buffers_written_in_a_forward_pass_are_written_once(layer):
             assert any(not torch.equal(b, once[name]) for name, b in model.named_buffers())
         for name, b in model.named_buffers():
             assert torch.equal(b, once[name]) and b is objects[name]
+
+
+@pytest.mark.parametrize("how", ["in place", "data"])
+def test_frozen_weights_that_a_forward_pass_writes_are_written_once(how):
+    model = nn.ModuleDict({"teacher": nn.Linear(2, 2), "student": nn.Linear(2, 2)})
+    model["teacher"].requires_grad_(False)
+
+    def forward():
+        for slow, fast in zip(*(m.parameters() for m in model.values()), strict=True):
+            with torch.no_grad():
+                if how == "data":
+                    slow.data = slow.data.lerp(fast.data, 0.5)
+                else:
+                    slow.lerp_(fast, 0.5)
+
+    guard = BufferGuard(model)
+    for _ in range(2):  # the second update finds a known writer
+        guard.watch()
+        forward()
+        once = [p.clone() for p in model["teacher"].parameters()]
+        with guard.preserved():
+            forward()
+            assert not torch.equal(model["teacher"].weight, once[0])
+        for p, value in zip(model["teacher"].parameters(), once, strict=True):
+            assert torch.equal(p, value)
 
 
 def test_buffers_that_nobody_writes_are_not_copied():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ from ..methods import Dot
 from ..methods.lists import scale_
 from ..perturbation import HALF
 from ..side_effects import shadowed
+from .graph import reaches_its_parameters
 
 
 class Backend:
@@ -45,7 +45,8 @@ class Backend:
         self.rng_devices = {w.device for w in weights if w.device.type != "cpu"}
         if self.rng_devices and n_devices > 1:
             self.rng_devices |= {torch.device(self._device.type, i) for i in range(n_devices)}
-        self.half = any(w.dtype in HALF for w in weights)
+        self.half = any(w.dtype in HALF and w.requires_grad for w in weights)
+        self._reaches_parameters: bool | None = None
         self._is_compiled = is_compiled
 
     # ---- Where in the run --------------------------------------------------------------------
@@ -88,7 +89,10 @@ class Backend:
 
     @property
     def can_take_some_gradients(self) -> bool:
-        """Whether `ascent_for` works here."""
+        """Whether `ascent_for` works here, and computes less."""
+        # Several processes would not all have seen the same: they go on with `ascent_for`.
+        if self._reaches_parameters is False and self._accelerator.num_processes == 1:
+            return False
         handler = self._accelerator.ddp_handler
         is_static = handler is not None and handler.static_graph
         return self._accelerator.num_processes == 1 or not is_static
@@ -97,11 +101,19 @@ class Backend:
     def ascent_for(
         self, weights: Sequence[Tensor], model: nn.Module, each_alone: bool
     ) -> Iterator[None]:
-        """As `ascent`, for the gradients of `weights` alone: those of others are not computed.
+        """As `ascent`, for the gradients of `weights` alone: those of others are not computed,
+        unless the first graph of the run hides where they come from.
 
         DDP would wait for the others in its reduction: it is left out, and made up for.
         """
-        backward = functools.partial(self._accelerator.backward, inputs=list(weights))
+        whole = self._accelerator.backward
+
+        def backward(loss: Tensor, **kwargs: Any) -> None:
+            if self._reaches_parameters is None:
+                self._reaches_parameters = reaches_its_parameters(loss)
+            some = {"inputs": list(weights)} if self._reaches_parameters else {}
+            whole(loss, **kwargs, **some)
+
         with self._without_reduction(model), shadowed(self._accelerator, backward=backward):
             yield
         if self.is_end_of_update and not each_alone:
