@@ -15,6 +15,7 @@ from comparison_format import in_order, in_words, markdown, points, shared_part,
 from comparison_measures_table import Measured, measure_recipe, measures_table
 from comparison_plot import STYLES, draw_gain_and_cost, draw_gains
 from comparison_recipes import PLAIN
+from comparison_results import with_seeds
 from comparison_runs import plain_length
 from comparison_statistics import Estimate, mean_interval, paired_gain, share
 from script_utils import InputError, closest
@@ -47,9 +48,16 @@ class Row:
 
 
 def report(
-    content: dict[str, Any], names: Sequence[str] | None, reference: str, folder: Path
+    content: dict[str, Any],
+    names: Sequence[str] | None,
+    reference: str,
+    folder: Path,
+    seeds: Sequence[int] | None = None,
 ) -> None:
-    """Print the table; save it, with the details, and the picture.
+    """Print the table; save it, with the details, and the pictures.
+
+    Args:
+        seeds: those to report; all that are finished if None.
 
     Raises:
         InputError: a recipe is not in the results, or they have none of it.
@@ -58,7 +66,9 @@ def report(
         if name not in content["recipes"]:
             hint = closest(name, content["recipes"])
             raise InputError(f"the results have no recipe {name!r}{hint}")
+    content, unfinished = with_seeds(content, reference, seeds)
     rows, left_out = make_rows(content, names, reference)
+    left_out += unfinished
     table = main_table(rows)
     left_out += _timed_otherwise(content, rows)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from comparison_recipes import Recipe
+from comparison_recipes import PLAIN, Recipe
 from script_utils import InputError
 
 import sam_hf
@@ -112,6 +112,40 @@ def read_results(path: Path) -> dict[str, Any]:
     ):
         raise InputError(f"{path} is no file of results: it has no settings, recipes and runs")
     return content
+
+
+def with_seeds(
+    content: dict[str, Any], reference: str, seeds: Sequence[int] | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The results of some seeds alone, and a line for each that has to be left out.
+
+    Args:
+        reference: beside plain training, the recipe that must have run with a seed at every level.
+        seeds: those that are asked for; all if None.
+
+    Raises:
+        InputError: the runs are not whole, or with no seed they are finished.
+    """
+    done: dict[int, set[tuple[str, str]]] = {}
+    for number, run in enumerate(content["runs"]):
+        if not isinstance(run, dict) or not {"recipe", "level", "seed", "length"} <= run.keys():
+            raise InputError(f"the results are damaged: run {number} has no recipe, level and seed")
+        if run["length"] == 1 and (seeds is None or run["seed"] in seeds):
+            done.setdefault(run["seed"], set()).add((run["recipe"], run["level"]))
+    levels = {level for runs in done.values() for _, level in runs}
+    wanted = {(recipe, level) for recipe in (PLAIN, reference) for level in levels}
+    unfinished = {seed: wanted - runs for seed, runs in sorted(done.items()) if wanted - runs}
+    kept = done.keys() - unfinished.keys()
+    if not kept:
+        raise InputError(
+            f"{PLAIN} and {reference} have not been run at every level with any seed yet"
+        )
+    runs = [run for run in content["runs"] if run["seed"] in kept]
+    notes = [
+        f"left out: seed {seed}, {len(missing)} runs of {PLAIN} and {reference} are missing"
+        for seed, missing in unfinished.items()
+    ]
+    return {**content, "runs": runs}, notes
 
 
 def versions() -> dict[str, str]:

@@ -172,7 +172,10 @@ class ImageTensors(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "labels": int(self.data.labels[index])}
 
     def _process(self, index: int) -> torch.Tensor:
-        image = self.data.image(index).convert(self.mode)
+        try:
+            image = self.data.image(index).convert(self.mode)
+        except (OSError, AttributeError) as error:  # broken, or none at all
+            raise InputError(f"image number {index} of its set cannot be read: {error}") from error
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 

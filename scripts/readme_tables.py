@@ -19,6 +19,7 @@ from pathlib import Path
 
 from comparison_measures_table import measures_table
 from comparison_report import gain_table, main_table, make_rows
+from comparison_results import with_seeds
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}
@@ -40,9 +41,11 @@ def with_tables(text: str, folder: Path) -> str:
                 f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
                 f"must be one of {', '.join(TABLES)}"
             )
-        rows, left_out = make_rows(json.loads(file.read_text("utf-8")), None, "sam")
-        if left_out:
-            raise ValueError(f"{file.name}: {left_out[0]}: finish them, or take the recipe out")
+        content, unfinished = with_seeds(json.loads(file.read_text("utf-8")), "sam")
+        rows, left_out = make_rows(content, None, "sam")
+        if left_out or unfinished:
+            first = (left_out + unfinished)[0]
+            raise ValueError(f"{file.name}: {first}: finish them, or take them out")
         return f"{mark}{TABLES[kind](rows).strip()}\n"
 
     return _PLACE.sub(table, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import json
 import math
 import os
 import sys
@@ -22,7 +23,12 @@ import yaml
 from torch.optim import SGD
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import SaveStrategy, SchedulerType, sort_checkpoints
+from transformers.trainer_utils import (
+    IntervalStrategy,
+    SaveStrategy,
+    SchedulerType,
+    sort_checkpoints,
+)
 from transformers.utils import logging
 
 # The least that these options may be. The Trainer takes less, and fails later or trains nothing.
@@ -33,7 +39,7 @@ LEAST = {
     "learning_rate": 0,
     "seed": 0,
     "data_seed": 0,
-    "max_length": 1,  # of TRL's SFT
+    "max_length": 2,  # of TRL's SFT: of one token nothing is predicted
     "max_completion_length": 1,  # of TRL's GRPO
 }
 # How the libraries that write checkpoints say that a disk is full: safetensors, then torch.
@@ -240,6 +246,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
         raise InputError(f"--optim_args must be name=value,name=value, got {args.optim_args!r}")
     if args.do_predict:
         raise InputError("--do_predict has no effect: the final model is always evaluated")
+    if args.do_eval and not args.do_train and args.eval_strategy == IntervalStrategy.NO:
+        raise InputError("--do_eval has no effect alone: the script trains, then evaluates")
     if args.prediction_loss_only or args.batch_eval_metrics:
         name = "prediction_loss_only" if args.prediction_loss_only else "batch_eval_metrics"
         raise InputError(f"--{name} is not supported: the metric needs all predictions at once")
@@ -300,10 +308,25 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         if complete[-1] != checkpoints[-1]:
             names = [Path(checkpoint).name for checkpoint in (checkpoints[-1], complete[-1])]
             warnings.warn(f"{names[0]} is not complete: going on from {names[1]}", stacklevel=2)
-        return complete[-1]
+        asked = complete[-1]
     if asked is not None and not _is_complete(asked):
         raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor 'last'")
+    if asked is not None:
+        _refuse_finished(asked, args)
     return asked
+
+
+def _refuse_finished(checkpoint: str, args: TrainingArguments) -> None:
+    """The Trainer would go on by an update, or find nothing to count."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    option = "max_steps" if args.max_steps > 0 else "num_train_epochs"
+    done = state["global_step"] if args.max_steps > 0 else state["epoch"]
+    if done >= getattr(args, option):
+        raise InputError(
+            f"--resume_from_checkpoint: {checkpoint} is at update {state['global_step']} (epoch "
+            f"{state['epoch']:g}), and --{option} {getattr(args, option):g} ends the training "
+            "there or before: nothing is left to do. Give more, or load the folder as a model"
+        )
 
 
 def _is_complete(checkpoint: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import evaluate
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
 METRICS = Path(__file__).parent / "metrics"
 
@@ -116,14 +118,14 @@ class QuietProgressBar(ProgressCallback):
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
 
-class ComputeMeter(TrainerCallback):
+class ComputeMeter(TrainerCallback, ExportableState):
     """Counts the examples that go forward and backward, whatever the method does with them.
 
     It watches the model's forward calls, so that it needs no knowledge of the method. Each log
     entry gets `examples_computed`, all of them, and `examples_drawn`, those that came from the
     data: in a plain run the two are equal, SAM on every update computes twice what it draws. A pass
     over a part of the micro-batch counts as that part. A pass counts as one whether or not its
-    backward half computes the gradients of all weights.
+    backward half computes the gradients of all weights. The counts are saved with each checkpoint.
     """
 
     def __init__(self) -> None:
@@ -136,11 +138,12 @@ class ComputeMeter(TrainerCallback):
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._processes = args.world_size
         self.computed = self.drawn = 0
-        counted = [entry for entry in state.log_history if entry.get("examples_computed")]
-        if counted:  # the run resumes, from a step at or a little after the last log
-            since_then = state.global_step / counted[-1]["step"]
-            self.computed = round(counted[-1]["examples_computed"] * since_then)
-            self.drawn = round(counted[-1]["examples_drawn"] * since_then)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step:  # the run resumes
+            vars(self).update(saved["attributes"])
+
+    def state(self):
+        return {"args": {}, "attributes": {"computed": self.computed, "drawn": self.drawn}}
 
     def _count(self, model, inputs, named_inputs):
         if not (model.training and torch.is_grad_enabled()):
@@ -217,6 +220,12 @@ def train(
     if save:
         trainer.save_model(_internal_call=True)  # else it would push, with nothing to show yet
     evaluation = trainer.evaluate()
+    if not math.isfinite(evaluation.get("eval_loss", 0.0)):
+        warnings.warn(
+            f"{name}: the final loss is {evaluation['eval_loss']}, so that its other scores mean "
+            "nothing: lower --learning_rate or --sam_rho",
+            stacklevel=2,
+        )
     trainer.save_metrics("train", training)
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()

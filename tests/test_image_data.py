@@ -333,3 +333,14 @@ def test_only_the_set_that_asks_for_it_is_augmented():
     assert all(torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"]) for _ in range(9))
     shown = [augmented[0]["pixel_values"] for _ in range(9)]
     assert any(not torch.equal(image, plain[0]["pixel_values"]) for image in shown)
+
+
+def test_an_image_that_cannot_be_read_is_named(monkeypatch):
+    images = image_data.LabeledImages([picture(0), None, picture(2)], np.zeros(3, dtype=int))
+    with pytest.raises(InputError, match="image number 1 of its set cannot be read"):
+        ImageTensors(images, PROCESSOR, "RGB")
+    monkeypatch.setattr(image_data, "CACHE_BYTES", 0)
+    lazy = ImageTensors(images, PROCESSOR, "RGB")
+    assert lazy[2]["labels"] == 0
+    with pytest.raises(InputError, match="image number 1 of its set cannot be read"):
+        lazy[1]
