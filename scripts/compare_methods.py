@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         warn_of_other_settings(rho_file, found, task.settings)
         file.content["rho_search"] = found
     compare(recipes, task, options, file)
-    report(file.content, options.recipes, options.reference, folder, options.seeds)
+    asked = options.seeds, list(task.levels)
+    report(file.content, options.recipes, options.reference, folder, *asked)
     return file.content
 
 

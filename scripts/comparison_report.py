@@ -53,11 +53,13 @@ def report(
     reference: str,
     folder: Path,
     seeds: Sequence[int] | None = None,
+    levels: Sequence[str] | None = None,
 ) -> None:
     """Print the table; save it, with the details, and the pictures.
 
     Args:
         seeds: those to report; all that are finished if None.
+        levels: those to report; all if None.
 
     Raises:
         InputError: a recipe is not in the results, or they have none of it.
@@ -66,7 +68,7 @@ def report(
         if name not in content["recipes"]:
             hint = closest(name, content["recipes"])
             raise InputError(f"the results have no recipe {name!r}{hint}")
-    content, unfinished = with_seeds(content, reference, seeds)
+    content, unfinished = with_seeds(content, reference, seeds, levels)
     rows, left_out = make_rows(content, names, reference)
     left_out += unfinished
     table = main_table(rows)

@@ -115,13 +115,17 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def with_seeds(
-    content: dict[str, Any], reference: str, seeds: Sequence[int] | None = None
+    content: dict[str, Any],
+    reference: str,
+    seeds: Sequence[int] | None = None,
+    levels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The results of some seeds alone, and a line for each that has to be left out.
 
     Args:
         reference: beside plain training, the recipe that must have run with a seed at every level.
         seeds: those that are asked for; all if None.
+        levels: the same.
 
     Raises:
         InputError: the runs are not whole, or with no seed they are finished.
@@ -130,17 +134,20 @@ def with_seeds(
     for number, run in enumerate(content["runs"]):
         if not isinstance(run, dict) or not {"recipe", "level", "seed", "length"} <= run.keys():
             raise InputError(f"the results are damaged: run {number} has no recipe, level and seed")
-        if run["length"] == 1 and (seeds is None or run["seed"] in seeds):
+        is_asked_for = (seeds is None or run["seed"] in seeds) and (
+            levels is None or run["level"] in levels
+        )
+        if run["length"] == 1 and is_asked_for:
             done.setdefault(run["seed"], set()).add((run["recipe"], run["level"]))
-    levels = {level for runs in done.values() for _, level in runs}
-    wanted = {(recipe, level) for recipe in (PLAIN, reference) for level in levels}
+    known = {level for runs in done.values() for _, level in runs}
+    wanted = {(recipe, level) for recipe in (PLAIN, reference) for level in known}
     unfinished = {seed: wanted - runs for seed, runs in sorted(done.items()) if wanted - runs}
     kept = done.keys() - unfinished.keys()
     if not kept:
         raise InputError(
             f"{PLAIN} and {reference} have not been run at every level with any seed yet"
         )
-    runs = [run for run in content["runs"] if run["seed"] in kept]
+    runs = [run for run in content["runs"] if run["seed"] in kept and run["level"] in known]
     notes = [
         f"left out: seed {seed}, {len(missing)} runs of {PLAIN} and {reference} are missing"
         for seed, missing in unfinished.items()

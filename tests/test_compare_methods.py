@@ -294,6 +294,8 @@ def test_seeds_that_are_not_finished_or_not_asked_for_are_left_out():
     assert notes == ["left out: seed 5, 1 runs of plain and sam are missing"]
     rows, _ = make_rows(kept, None, "sam")
     assert len(rows) == 2
+    kept, notes = with_seeds(part, "sam", None, ["0.4"])
+    assert len(kept["runs"]) == 9 and not notes
     with pytest.raises(InputError, match="not been run at every level with any seed yet"):
         with_seeds(part, "sam", [5])
     with pytest.raises(InputError, match="damaged: run 12 has no recipe, level and seed"):
