@@ -92,8 +92,9 @@ def _values_of(owner: Any) -> dict[str, Any]:
     """Its numbers, texts and tensors as they are now: small tensors may be changed in place."""
 
     def kept(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.grad_fn is None and value.numel() <= _SMALL:
-            return value.detach().clone().requires_grad_(value.requires_grad)
+        # What is trained stays the same tensor: its gradient belongs to it.
+        if isinstance(value, Tensor) and not value.requires_grad and value.numel() <= _SMALL:
+            return value.clone()
         return value
 
     found = {k: v for k, v in vars(owner).items() if v is None or isinstance(v, _VALUES)}
