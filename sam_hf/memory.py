@@ -26,15 +26,15 @@ class Memory:
     or makes its own perturbations, each writes one: `sam_state_0-of-4.safetensors`, ...
 
     Args:
-        trained: the trained parameters by name.
+        parameters: those of the model by name, frozen ones too.
     """
 
     def __init__(
-        self, config: SAMConfig, method: Method, backend: Backend, trained: Mapping[str, Tensor]
+        self, config: SAMConfig, method: Method, backend: Backend, parameters: Mapping[str, Tensor]
     ) -> None:
         self.state: State = {}
         self._is_used = method.has_state or config.sam_trigger != "always"
-        self._method, self._backend, self._trained = config.sam_method, backend, trained
+        self._method, self._backend, self._parameters = config.sam_method, backend, parameters
         self._is_shared = backend.shares_state(config.sam_scope == "micro_batch")
         self._before: tuple[int, State] | None = None
 
@@ -85,8 +85,8 @@ class Memory:
                 )
             warnings.warn(f"{folder} holds no {path.name}: {begins_anew}", stacklevel=2)
             return
-        local = self._backend.local(list(self._trained.values()))
-        weights = dict(zip(self._trained, local, strict=True))
+        local = self._backend.local(list(self._parameters.values()))
+        weights = dict(zip(self._parameters, local, strict=True))
         with safe_open(path, "pt") as file:
             writer = (file.metadata() or {}).get("sam_method")
             if writer != self._method:

@@ -45,7 +45,6 @@ class Run:
         self.trained: dict[str, Tensor] = {}
         self._find_weights()
         self.ascent = AscentPart(trainer)
-        self._may_take_some = not _checkpoints_reentrantly(model, trainer.args)
         # Frozen ones too: those that a callback has unfrozen in the run before may have a state.
         everything = {plain(name): p for name, p in model.named_parameters()}
         self.memory = Memory(config, self.method, self.backend, everything)
@@ -53,10 +52,7 @@ class Run:
         self.combination = Combination(
             self.method, self.memory.state, self.backend, self.trained, trainer.optimizer
         )
-        # Also those that hold nothing that is perturbed: their dropout must be the same.
-        devices = {p.device for p in self._in_model if p.device.type not in ("cpu", "meta")}
-        self.rng_devices = self.backend.rng_devices | devices
-        self.tape = Tape(self.rng_devices)
+        self.tape = Tape(self.backend.rng_devices)
         self.buffers = BufferGuard(model)
         self.readings = Readings()
         self.was_reached = False
@@ -160,7 +156,7 @@ class Run:
         needs_all = self.method.keeps_gradient() or self.trigger is not None
         if needs_all or len(weights) == len(self.trained):
             return []
-        return weights if self._may_take_some and self.backend.can_take_some_gradients else []
+        return weights if self.backend.can_take_some_gradients else []
 
     def cost_of_ascent(self, update: int) -> float:
         """The floating-point operations of an ascent pass, in units of a whole pass.
@@ -319,15 +315,6 @@ class Run:
         for p, g in self._set_aside:
             p.grad = g
         self._set_aside = []
-
-
-def _checkpoints_reentrantly(model: nn.Module, args: Any) -> bool:
-    """Whether activations are computed again in a backward pass that knows only all gradients."""
-    options = [args.gradient_checkpointing_kwargs or {}]
-    for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        options.append(getattr(function, "keywords", None) or {})
-    return any(option.get("use_reentrant") for option in options)
 
 
 def _refuse_complex(perturbed: Mapping[str, Tensor]) -> None:

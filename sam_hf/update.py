@@ -313,7 +313,7 @@ class UpdateMixin(_Base):
                     loss = Trainer.training_step(self, model, {}, call.num_items_in_batch)
                 losses.append(loss.clone())
                 if call.share < 1:
-                    random_states.append(RandomState(run.rng_devices))
+                    random_states.append(RandomState(run.backend.rng_devices))
         self.current_flos += round(flos)
         run.count_passes(sum(call.weight for call in calls))
         run.loss_scale.check(type(self).__name__, calls[0], losses[0])
@@ -325,7 +325,7 @@ class UpdateMixin(_Base):
 
         Gives a list; the random state that is its last entry at the end is put back.
         """
-        random_states = [RandomState(run.rng_devices)]
+        random_states = [RandomState(run.backend.rng_devices)]
         side_effects = SideEffects(self, self.state, skip=_NOT_RESTORED)
         is_complete = False
 

@@ -15,7 +15,7 @@ from comparison_format import in_order, in_words, markdown, points, shared_part,
 from comparison_measures_table import Measured, measure_recipe, measures_table
 from comparison_plot import STYLES, draw_gain_and_cost, draw_gains
 from comparison_recipes import PLAIN
-from comparison_results import with_seeds
+from comparison_results import finished_runs
 from comparison_runs import plain_length
 from comparison_statistics import Estimate, mean_interval, paired_gain, share
 from script_utils import InputError, closest
@@ -68,7 +68,7 @@ def report(
         if name not in content["recipes"]:
             hint = closest(name, content["recipes"])
             raise InputError(f"the results have no recipe {name!r}{hint}")
-    content, unfinished = with_seeds(content, reference, seeds, levels)
+    content, unfinished = finished_runs(content, reference, seeds, levels)
     rows, left_out = make_rows(content, names, reference)
     left_out += unfinished
     table = main_table(rows)

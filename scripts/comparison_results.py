@@ -114,13 +114,13 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def with_seeds(
+def finished_runs(
     content: dict[str, Any],
     reference: str,
     seeds: Sequence[int] | None = None,
     levels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The results of some seeds alone, and a line for each that has to be left out.
+    """The results of some seeds and levels alone, and a line for each seed that is left out.
 
     Args:
         reference: beside plain training, the recipe that must have run with a seed at every level.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from comparison_measures_table import measures_table
 from comparison_report import gain_table, main_table, make_rows
-from comparison_results import with_seeds
+from comparison_results import finished_runs
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}
@@ -41,7 +41,7 @@ def with_tables(text: str, folder: Path) -> str:
                 f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
                 f"must be one of {', '.join(TABLES)}"
             )
-        content, unfinished = with_seeds(json.loads(file.read_text("utf-8")), "sam")
+        content, unfinished = finished_runs(json.loads(file.read_text("utf-8")), "sam")
         rows, left_out = make_rows(content, None, "sam")
         if left_out or unfinished:
             first = (left_out + unfinished)[0]

@@ -22,7 +22,7 @@ from comparison import RECIPES, TINY, tiny_task, write_recipes
 from comparison_data import TUNING_SEEDS
 from comparison_recipes import Recipe, RecipeBook
 from comparison_report import gain_table, make_rows
-from comparison_results import ResultsFile, RunSpec, with_seeds
+from comparison_results import ResultsFile, RunSpec, finished_runs
 from comparison_runs import build_trainer, plain_length, train_once
 from comparison_statistics import mean_interval, paired_gain, share
 from script_utils import InputError
@@ -285,21 +285,21 @@ def test_seeds_that_are_not_finished_or_not_asked_for_are_left_out():
         for seed in (0, 1, 5)
     ]
     content = {"settings": {}, "recipes": {"plain": recipe, "sam": recipe}, "runs": runs}
-    kept, notes = with_seeds(content, "sam", [0, 5])
+    kept, notes = finished_runs(content, "sam", [0, 5])
     assert {run["seed"] for run in kept["runs"]} == {0, 5} and not notes
     lost = next(r for r in runs if (r["recipe"], r["level"], r["seed"]) == ("sam", "0", 5))
     part = {**content, "runs": [run for run in runs if run is not lost]}
-    kept, notes = with_seeds(part, "sam")
+    kept, notes = finished_runs(part, "sam")
     assert {run["seed"] for run in kept["runs"]} == {0, 1}
     assert notes == ["left out: seed 5, 1 runs of plain and sam are missing"]
     rows, _ = make_rows(kept, None, "sam")
     assert len(rows) == 2
-    kept, notes = with_seeds(part, "sam", None, ["0.4"])
+    kept, notes = finished_runs(part, "sam", None, ["0.4"])
     assert len(kept["runs"]) == 9 and not notes
     with pytest.raises(InputError, match="not been run at every level with any seed yet"):
-        with_seeds(part, "sam", [5])
+        finished_runs(part, "sam", [5])
     with pytest.raises(InputError, match="damaged: run 12 has no recipe, level and seed"):
-        with_seeds({**content, "runs": [*runs[:12], 5]}, "sam")
+        finished_runs({**content, "runs": [*runs[:12], 5]}, "sam")
 
 
 def test_a_picture_of_the_gains_is_drawn_of_few_recipes_alone(finished, tmp_path, monkeypatch):

@@ -23,6 +23,14 @@ def backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
         trainer: a Trainer that has prepared its model.
         weights: the perturbed parameters.
     """
+    backend = _backend_for(trainer, weights)
+    # Also the devices that hold nothing that is perturbed: their dropout must be the same.
+    devices = {p.device for p in trainer.model.parameters()}
+    backend.rng_devices |= {device for device in devices if device.type not in ("cpu", "meta")}
+    return backend
+
+
+def _backend_for(trainer: Any, weights: Sequence[nn.Parameter]) -> Backend:
     accelerator, n_devices = trainer.accelerator, trainer.args.n_gpu
     shared = (weights, accelerator, n_devices, bool(trainer.args.torch_compile))
     if trainer.is_deepspeed_enabled:
