@@ -20,6 +20,7 @@ from ..perturbation import HALF, Perturbation
 from ..replay import RandomState
 from .batches import add_to_hash, batch_size, loss_of_model, to_device
 from .differences import TRUSTED, central_differences, refute
+from .precision import full_precision
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: the mean over the examples of the batch, a scalar."""
@@ -31,8 +32,8 @@ class Objective:
     r"""The mean loss :math:`L(w)` of a model over fixed examples.
 
     All measures of this package take one. While it computes, the model is in evaluation mode (no
-    dropout, running statistics fixed), without autocast, and afterwards everything is as it was:
-    the weights bit for bit, `.grad`, the mode of each module, the random state.
+    dropout, running statistics fixed), without autocast and TF32, and afterwards everything is as
+    it was: the weights bit for bit, `.grad`, the mode of each module, the random state.
 
     Under DDP every process gives its own batches and must make the same calls: values and gradients
     are those over the examples of all processes.
@@ -289,7 +290,11 @@ class Objective:
             if shadow is not None:
                 own["forward"] = own["_original_forward"]
             self.model.eval()
-            with torch.autocast(self._device.type, enabled=False), torch.enable_grad():
+            with (
+                full_precision(self.model, self._device),
+                torch.autocast(self._device.type, enabled=False),
+                torch.enable_grad(),
+            ):
                 yield
         finally:
             if shadow is not None:
