@@ -166,7 +166,8 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         warm_up = build_trainer(PLAIN, options, model, examples, folder, None)
         warm_up.train()  # makes the optimizer and its state, which all rows share
-        optimizer = warm_up.optimizer
+        # Without Accelerate's wrapper, which would scale with the warm-up's own scaler of fp16.
+        optimizer = warm_up.optimizer.optimizer
         trainers = {}
         for name in names:
             trainer = build_trainer(name, options, model, examples, folder, optimizer)
