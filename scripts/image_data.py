@@ -31,7 +31,7 @@ from sklearn.datasets import load_digits
 TRAINING, EVALUATION = "training images", "evaluation images"
 # Of the training images, for each channel from 0 to 1.
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-CACHE_BYTES = 256 * 2**20  # tensors of a data set up to this size are made once and kept
+CACHE_BYTES = 2**30  # tensors of a data set up to this size are made once and kept: all of CIFAR-10
 
 
 @dataclass
@@ -158,9 +158,13 @@ class ImageTensors(torch.utils.data.Dataset):
 
     def __init__(self, data: LabeledImages, processor: Any, mode: str, augment: bool = False):
         self.data, self.processor, self.mode, self.augment = data, processor, mode, augment
-        self._kept: list[torch.Tensor] | None = None
-        if self._process(0).nbytes * len(data) <= CACHE_BYTES:
-            self._kept = [self._process(i) for i in range(len(data))]
+        self._kept: torch.Tensor | None = None
+        first = self._process(0)
+        if first.nbytes * len(data) <= CACHE_BYTES:
+            # One tensor: the workers of a data loader share its memory.
+            self._kept = first.new_empty((len(data), *first.shape))
+            for i in range(len(data)):
+                self._kept[i] = self._process(i)
 
     def __len__(self) -> int:
         return len(self.data)

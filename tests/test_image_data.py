@@ -307,8 +307,10 @@ def test_small_sets_are_kept_and_large_ones_processed_each_time_with_the_same_re
     for i in range(4):
         assert torch.equal(kept[i]["pixel_values"], lazy[i]["pixel_values"])
         assert kept[i]["labels"] == lazy[i]["labels"] == images.labels[i]
-    assert kept[0]["pixel_values"] is kept[0]["pixel_values"]
-    assert lazy[0]["pixel_values"] is not lazy[0]["pixel_values"]
+    once, again = kept[0]["pixel_values"], kept[0]["pixel_values"]
+    assert once.data_ptr() == again.data_ptr()
+    once, again = lazy[0]["pixel_values"], lazy[0]["pixel_values"]
+    assert once.data_ptr() != again.data_ptr()
     pixels = np.asarray(images.image(0), dtype=np.float32) / 255 * 2 - 1
     assert torch.allclose(kept[0]["pixel_values"], torch.tensor(pixels).expand(3, 8, 8))
 
