@@ -64,6 +64,23 @@ def read_options(
     return values, f"The options were read from {file}, written by sam_hf {version}."
 
 
+def changed_since(folder: Path, options: Mapping[str, Any]) -> list[str]:
+    """ "sam_rho was 0.05 and is 0.1" for each option with which a checkpoint was made otherwise.
+
+    Nothing for a folder without such a file, as other Trainers leave it.
+    """
+    try:
+        before = json.loads((folder / SAM_CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    now = json.loads(json.dumps(options))
+    return [
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to. When the block ends well, what was written there becomes `path`.

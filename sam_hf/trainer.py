@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .backends import refuse_what_cannot_work
 from .config import SAMConfig
 from .guard import RunGuard, checked_space
 from .methods.factors import is_auxiliary
+from .options_file import changed_since
 from .publishing import PublishingMixin
 from .run import Run
 from .sampling import refuse_what_cannot_be_cut
@@ -156,7 +158,17 @@ class SAMTrainerMixin(UpdateMixin, PublishingMixin):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._sam_resumed_from = None if checkpoint is None else Path(checkpoint)
+        if checkpoint is None:
+            self._sam_resumed_from = None
+            return
+        self._sam_resumed_from = Path(checkpoint)
+        changes = changed_since(Path(checkpoint), self.sam_config.to_sam_dict())
+        if changes:
+            warnings.warn(
+                f"The run goes on from {checkpoint} with other options of SAM than it was begun "
+                f"with: {'; '.join(changes)}.",
+                stacklevel=2,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

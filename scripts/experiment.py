@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from script_utils import InputError, check_training_arguments, checkpoint_to_resume
+from resuming import checkpoint_to_resume, load_checkpoint_weights
+from script_utils import InputError, check_training_arguments
 from shared_arguments import ClassifierArguments, ModelArguments, SharpnessArguments
 from training_utils import (
     LayoutLine,
     Run,
     format_runs,
     in_words,
-    load_checkpoint_weights,
     plot_curves,
     save_json,
     train,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import json
 import math
 import os
 import sys
@@ -23,12 +22,7 @@ import yaml
 from torch.optim import SGD
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import (
-    IntervalStrategy,
-    SaveStrategy,
-    SchedulerType,
-    sort_checkpoints,
-)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import logging
 
 # The least that these options may be. The Trainer takes less, and fails later or trains nothing.
@@ -36,6 +30,8 @@ LEAST = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
     "learning_rate": 0,
     "seed": 0,
     "data_seed": 0,
@@ -282,52 +278,3 @@ def require_writable(output_dir: str) -> None:
             file.write(b"x")
     except OSError as error:
         raise InputError(f"--output_dir {output_dir!r} cannot be used: {error.strerror}") from error
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names: a folder, or "last" for the newest.
-
-    Raises:
-        InputError: there is none; or there is one, and a fresh run would mix with it; or
-            --output_dir cannot be written to.
-    """
-    asked = args.resume_from_checkpoint
-    require_writable(args.output_dir)
-    checkpoints = sort_checkpoints(args.output_dir)
-    # The Trainer writes its state last: a run that was killed may leave a folder without it.
-    complete = [checkpoint for checkpoint in checkpoints if _is_complete(checkpoint)]
-    if asked is None and checkpoints:
-        raise InputError(
-            f"--output_dir {args.output_dir!r} holds {Path(checkpoints[-1]).name} of an earlier "
-            "run: go on from it with --resume_from_checkpoint last, or choose another --output_dir"
-        )
-    if asked == "last" and not complete:
-        what = "no complete checkpoint" if checkpoints else "no checkpoint"
-        raise InputError(f"--resume_from_checkpoint last: {what} in {args.output_dir!r}")
-    if asked == "last":
-        if complete[-1] != checkpoints[-1]:
-            names = [Path(checkpoint).name for checkpoint in (checkpoints[-1], complete[-1])]
-            warnings.warn(f"{names[0]} is not complete: going on from {names[1]}", stacklevel=2)
-        asked = complete[-1]
-    if asked is not None and not _is_complete(asked):
-        raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor 'last'")
-    if asked is not None:
-        _refuse_finished(asked, args)
-    return asked
-
-
-def _refuse_finished(checkpoint: str, args: TrainingArguments) -> None:
-    """The Trainer would go on by an update, or find nothing to count."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    option = "max_steps" if args.max_steps > 0 else "num_train_epochs"
-    done = state["global_step"] if args.max_steps > 0 else state["epoch"]
-    if done >= getattr(args, option):
-        raise InputError(
-            f"--resume_from_checkpoint: {checkpoint} is at update {state['global_step']} (epoch "
-            f"{state['epoch']:g}), and --{option} {getattr(args, option):g} ends the training "
-            "there or before: nothing is left to do. Give more, or load the folder as a model"
-        )
-
-
-def _is_complete(checkpoint: str) -> bool:
-    return (Path(checkpoint) / "trainer_state.json").is_file()

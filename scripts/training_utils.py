@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import tempfile
 import warnings
@@ -14,7 +13,7 @@ from typing import Any
 
 import evaluate
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
 METRICS = Path(__file__).parent / "metrics"
@@ -37,23 +36,6 @@ def load_metric(name: str, config_name: str) -> evaluate.EvaluationModule:
     except OSError:  # the cache of Hugging Face, to which the module is copied, cannot be written
         evaluate.config.HF_MODULES_CACHE = tempfile.mkdtemp()
         return evaluate.load(**options, cache_dir=tempfile.mkdtemp())
-
-
-def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
-    """Load what the Trainer (as of transformers 5.23) leaves out when it resumes.
-
-    `save_pretrained` writes some architectures, ViT among them, with the parameter names of older
-    versions. `from_pretrained` knows both; the Trainer takes those that it finds, and would go on
-    with untrained layers.
-    """
-    if (Path(checkpoint) / "adapter_config.json").is_file():
-        return  # the Trainer loads adapters as they are
-    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
-    # The Trainer still says which names it did not find.
-    logging.getLogger("transformers.trainer").addFilter(
-        lambda record: "keys in the checkpoint model loaded" not in record.getMessage()
-    )
 
 
 def describe_layout(trainer: Trainer) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import datasets
 import pytest
@@ -23,7 +20,7 @@ from script_utils import (
     InputError,
     OptionParser,
     check_training_arguments,
-    checkpoint_to_resume,
+    require_writable,
     run_script,
 )
 
@@ -278,71 +275,9 @@ def test_training_options_that_make_sense_are_taken(tmp_path, options):
     check_training_arguments(SAMTrainingArguments(str(tmp_path), **options))
 
 
-def resume(folder: Path, asked: str | None, **options: Any) -> str | None:
-    args = {"max_steps": -1, "num_train_epochs": 4.0, **options}
-    return checkpoint_to_resume(
-        SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=asked, **args)
-    )
-
-
-def save_checkpoint(folder: Path, step: int) -> Path:
-    """Of a run of 12 updates in 3 epochs."""
-    checkpoint = folder / f"checkpoint-{step}"
-    checkpoint.mkdir()
-    state = {"global_step": step, "max_steps": 12, "num_train_epochs": 3, "epoch": step / 4}
-    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-    return checkpoint
-
-
-def test_last_is_the_newest_checkpoint_and_a_fresh_run_does_not_mix_with_it(tmp_path):
-    assert resume(tmp_path, None) is None
-    with pytest.raises(InputError, match="no checkpoint in"):
-        resume(tmp_path, "last")
-    for step in (5, 10):
-        save_checkpoint(tmp_path, step)
-    assert resume(tmp_path, "last") == str(tmp_path / "checkpoint-10")
-    assert resume(tmp_path, str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
-    with pytest.raises(InputError, match="holds checkpoint-10 of an earlier run"):
-        resume(tmp_path, None)
-    with pytest.raises(InputError, match="is neither a checkpoint nor 'last'"):
-        resume(tmp_path, str(tmp_path))
-
-
-def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
-    (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(InputError, match="no complete checkpoint in"):
-        resume(tmp_path, "last")
-    save_checkpoint(tmp_path, 5)
-    with pytest.warns(UserWarning, match="checkpoint-10 is not complete: going on from checkpoi"):
-        assert resume(tmp_path, "last") == str(tmp_path / "checkpoint-5")
-    with pytest.raises(InputError, match="holds checkpoint-10 of an earlier run"):
-        resume(tmp_path, None)
-
-
-@pytest.mark.parametrize(
-    ("step", "options", "said"),
-    [
-        (12, {"num_train_epochs": 3.0}, r"update 12 \(epoch 3\), and --num_train_epochs 3 ends"),
-        (10, {"num_train_epochs": 2.5}, r"--num_train_epochs 2.5 ends the training"),
-        (8, {"max_steps": 8}, r"--max_steps 8 ends"),
-        (8, {"max_steps": 4}, r"--max_steps 4 ends"),
-        (8, {"num_train_epochs": 3.0}, None),
-        (12, {"num_train_epochs": 4.0}, None),
-        (8, {"max_steps": 9}, None),
-    ],
-)
-def test_a_run_that_is_finished_is_not_gone_on_with(tmp_path, step, options, said):
-    checkpoint = save_checkpoint(tmp_path, step)
-    if said is None:
-        assert resume(tmp_path, "last", **options) == str(checkpoint)
-        return
-    with pytest.raises(InputError, match=said):
-        resume(tmp_path, "last", **options)
-
-
 def test_an_output_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     # Not even root can write to the second.
     for folder in (tmp_path / "file" / "folder", Path("/proc/self")):
         with pytest.raises(InputError, match=r"--output_dir .* cannot be used"):
-            resume(folder, None)
+            require_writable(str(folder))
