@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from experiment import publish, save_results, train_and_compare
+from experiment import publish, show_results, train_and_compare
 from labeled_data import add_symmetric_noise
 from rho_search import VALIDATION_SHARE, search_rho
 from shared_arguments import LabelArguments, ModelArguments
@@ -86,13 +86,15 @@ def run_classification(
         build = trainer_on(*parts)
         training_args.sam_rho = search_rho(build, model, training_args, data.metrics[0])
     build = trainer_on(data.train, data.test)
-    trainer, runs = train_and_compare(build, model, training_args, resume_from, data.metrics)
     details = {
         "data": data.describe(),
         "data_arguments": asdict(data_args),
         "model_arguments": asdict(model_args),
     }
-    save_results(trainer, runs, data.title, saved, details)
+    trainer, runs = train_and_compare(
+        build, model, training_args, resume_from, data.metrics, details
+    )
+    show_results(trainer, runs, data.title, saved)
     card = {
         "tasks": task,
         "tags": [task, "sam_hf"],

@@ -94,12 +94,16 @@ def train_and_compare(
     args: Any,
     resume_from: str | None = None,
     metrics: Sequence[str] = ("accuracy",),
+    details: dict[str, Any] | None = None,
 ) -> tuple[Trainer, list[Run]]:
     """Train `model` and save it; with --compare_with_plain train its initial copy without SAM too.
+
+    `results.json` is written after each: an interrupt loses nothing that is finished.
 
     Args:
         build: makes the trainer of `args` and `model`.
         metrics: the names, without `eval_`, of what is reported; the first is what counts.
+        details: what `results.json` is to hold beside the runs and the training's options.
 
     Returns:
         The trainer of `model`, and one or two runs.
@@ -113,12 +117,24 @@ def train_and_compare(
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
     trainer.add_callback(LayoutLine(trainer))
     runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
+    _write_results(trainer, runs, details)
     if initial_model is not None:
         plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
         plain_trainer = build(plain_args, model=initial_model)
         watch_sharpness(plain_trainer, plain_args)
         runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics))
+        _write_results(trainer, runs, details)
     return trainer, runs
+
+
+def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any] | None) -> None:
+    if trainer.is_world_process_zero():
+        results = {
+            **(details or {}),
+            "runs": [dataclasses.asdict(run) | run.scores for run in runs],
+            "training_arguments": trainer.args.to_dict(),
+        }
+        save_json(results, Path(trainer.args.output_dir) / "results.json")
 
 
 def watch_sharpness(trainer: Trainer, args: Any) -> None:
@@ -166,19 +182,11 @@ def plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
     return plain
 
 
-def save_results(
-    trainer: Trainer, runs: Sequence[Run], title: str, saved: str, details: dict[str, Any]
-) -> None:
-    """Print the scores; save them with the settings, `details` and the picture of the curves."""
+def show_results(trainer: Trainer, runs: Sequence[Run], title: str, saved: str) -> None:
+    """Print the scores, and draw the curves."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    results = {
-        **details,
-        "runs": [dataclasses.asdict(run) | run.scores for run in runs],
-        "training_arguments": trainer.args.to_dict(),
-    }
-    save_json(results, folder / "results.json")
     metric = in_words(runs[0].metric)
     plot_curves(runs, f"{title}: test {metric} against compute", folder / "curves.png")
     print(f"\n{title}, final models (pass: one forward and backward over the training set)")

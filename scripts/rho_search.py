@@ -20,7 +20,7 @@ def search_rho(
 ) -> float:
     """The best of the values that Optuna tries, each from the same initial weights.
 
-    The trials are printed, and saved in `rho_search.json`.
+    The trials are printed, and each is saved in `rho_search.json` as soon as it is finished.
 
     Args:
         build: makes the trainer of training arguments and `model_init`, on a part of the training
@@ -52,10 +52,13 @@ def search_rho(
     def objective(metrics: dict[str, float]) -> float:
         trials.append({"sam_rho": trainer.args.sam_rho, metric: metrics[f"eval_{metric}"]})
         print(f"  {trials[-1]['sam_rho']:<8.4g}  {trials[-1][metric]:.4f}")
+        best = max(trials, key=lambda trial: trial[metric])  # of equal ones the first, as Optuna
+        found = {"best_sam_rho": best["sam_rho"], "trials": trials}
+        save_json(found, folder / "rho_search.json")  # now: the search may be interrupted
         return trials[-1][metric]
 
     print(f"search for sam_rho from {low:g} to {high:g}\n  sam_rho   {in_words(metric)}")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it logs an interrupt with its traceback
     best = trainer.hyperparameter_search(
         lambda trial: {"sam_rho": trial.suggest_float("sam_rho", low, high, log=True)},
         objective,
@@ -65,6 +68,5 @@ def search_rho(
         sampler=optuna.samplers.TPESampler(seed=args.seed),
     )
     rho = best.hyperparameters["sam_rho"]
-    save_json({"best_sam_rho": rho, "trials": trials}, folder / "rho_search.json")
     print(f"best: sam_rho {rho:.4g}")
     return rho

@@ -24,7 +24,7 @@ from experiment import (
     load_pretrained,
     prepare,
     publish,
-    save_results,
+    show_results,
     train_and_compare,
 )
 from lm_data import DataArguments, all_texts, load_lm_data, train_tokenizer
@@ -167,23 +167,20 @@ def main(argv: list[str] | None = None) -> list[Run]:
         )
         if model_args.use_lora and trainer.is_world_process_zero():
             trainer.model.print_trainable_parameters()
+        refuse_nothing_to_predict(trainer)
         warn_of_cut_examples(trainer)
         return trainer
 
+    details = {
+        "data": description,
+        "data_arguments": asdict(data_args),
+        "model_arguments": asdict(model_args),
+    }
     trainer, runs = train_and_compare(
-        build, model, training_args, resume_from, metrics=("loss", "perplexity")
+        build, model, training_args, resume_from, ("loss", "perplexity"), details
     )
-    save_results(
-        trainer,
-        runs,
-        name,
-        "adapters, tokenizer" if model_args.use_lora else "model, tokenizer",
-        {
-            "data": description,
-            "data_arguments": asdict(data_args),
-            "model_arguments": asdict(model_args),
-        },
-    )
+    saved = "adapters, tokenizer" if model_args.use_lora else "model, tokenizer"
+    show_results(trainer, runs, name, saved)
     card = {
         "model_name": Path(training_args.output_dir).name,
         "tags": ["sam_hf"],
@@ -224,20 +221,36 @@ def build_model(
     return LlamaForCausalLM(config), tokenizer
 
 
+def lengths(data: Any) -> list[int]:
+    """The tokens of each example, also of those that were packed into one row."""
+    if "seq_lengths" in data.column_names:
+        return [length for row in data["seq_lengths"] for length in row]
+    return [len(row) for row in data["input_ids"]]
+
+
+def refuse_nothing_to_predict(trainer: LanguageModelTrainer) -> None:
+    """The loss of no token is 0, and the perplexity 1: as if the model knew everything.
+
+    Raises:
+        InputError: no text of the training or of the evaluation has two tokens.
+    """
+    for which, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        if max(lengths(data)) < 2:
+            raise InputError(
+                f"the {which} texts are empty, or of one token each: there is nothing to predict"
+            )
+
+
 def warn_of_cut_examples(trainer: LanguageModelTrainer) -> None:
     """Say how many examples --max_length has cut, where it does so."""
     args, data = trainer.args, trainer.train_dataset
     if args.max_length is None or (args.packing and args.packing_strategy != "bfd"):
         return  # the other packing strategies go on in the next row
-    lengths = (
-        [length for row in data["seq_lengths"] for length in row]
-        if args.packing
-        else [len(row) for row in data["input_ids"]]
-    )
-    cut = sum(length == args.max_length for length in lengths)
+    known = lengths(data)
+    cut = sum(length == args.max_length for length in known)
     if cut:
         warnings.warn(
-            f"{cut} of the {len(lengths)} training examples are cut off at --max_length "
+            f"{cut} of the {len(known)} training examples are cut off at --max_length "
             f"{args.max_length} (or just fill it). --packing with --packing_strategy wrapped "
             "keeps all text.",
             stacklevel=2,

@@ -29,7 +29,7 @@ from experiment import (
     load_pretrained,
     prepare,
     publish,
-    save_results,
+    show_results,
     train_and_compare,
 )
 from script_utils import OptionParser, leave_for_missing_package, run_script
@@ -114,10 +114,10 @@ def main(argv: list[str] | None = None) -> list[Run]:
         training_args,
         resume_from,
         metrics=("reward",),
+        details={"data_arguments": asdict(prompt_args), "model_arguments": asdict(model_args)},
     )
-    details = {"data_arguments": asdict(prompt_args), "model_arguments": asdict(model_args)}
-    save_results(trainer, runs, "GRPO for digits", "model, tokenizer", details)
-    if trainer.is_world_process_zero():
+    show_results(trainer, runs, "GRPO for digits", "model, tokenizer")
+    if trainer.is_world_process_zero() and training_args.eval_on_start:
         for run in runs:
             print(f"{run.name}: mean reward {run.curve[0][1]:.3f} at first, {run.score:.3f} now")
     publish(trainer, {"model_name": Path(training_args.output_dir).name, "tags": ["sam_hf"]})

@@ -24,7 +24,7 @@ from experiment import (
     load_pretrained,
     prepare,
     publish,
-    save_results,
+    show_results,
     train_and_compare,
 )
 from labeled_data import require_column
@@ -127,19 +127,20 @@ def main(argv: list[str] | None = None) -> list[Run]:
     description = f"{name}: {len(train)} training and {len(test)} test texts"
     if training_args.process_index == 0:
         print(description)
+    details = {
+        "data": description,
+        "data_arguments": asdict(data_args),
+        "model_arguments": asdict(model_args),
+    }
     trainer, runs = train_and_compare(
         partial(build_trainer, SAMSeq2SeqTrainer, **common),
         model,
         training_args,
         resume_from,
         metrics=("rouge_l", "loss") if with_rouge else ("loss",),
+        details=details,
     )
-    details = {
-        "data": description,
-        "data_arguments": asdict(data_args),
-        "model_arguments": asdict(model_args),
-    }
-    save_results(trainer, runs, f"{name}, summaries", "model, tokenizer", details)
+    show_results(trainer, runs, f"{name}, summaries", "model, tokenizer")
     card = {
         "tasks": "summarization",
         "tags": ["summarization", "sam_hf"],

@@ -163,6 +163,35 @@ def test_the_script_searches_on_a_part_of_the_training_data_and_trains_with_the_
     assert saved[0] == saved[1]
 
 
+def test_the_trials_of_a_search_that_is_interrupted_are_kept(tmp_path, capfd):
+    class Interrupted(SAMTrainer):
+        trainings = 0
+
+        def train(self, *args, **kwargs):
+            Interrupted.trainings += 1
+            if Interrupted.trainings == 3:
+                raise KeyboardInterrupt
+            return super().train(*args, **kwargs)
+
+    def build(args, model_init):
+        return Interrupted(
+            model_init=model_init,
+            args=args,
+            train_dataset=examples(4),
+            eval_dataset=examples(4),
+            compute_metrics=lambda _: {"score": 0.5},
+        )
+
+    args = train_image_classification.TrainArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, search_rho=4, sam_rho=0.1
+    )
+    with pytest.raises(KeyboardInterrupt):
+        rho_search.search_rho(build, Classifier(), args, "score")
+    found = json.loads((tmp_path / "rho_search.json").read_text())
+    assert len(found["trials"]) == 2 and found["best_sam_rho"] == found["trials"][0]["sam_rho"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_best_rho_is_the_one_with_the_highest_score(tmp_path):
     def build(args, model_init):
         trainer = SAMTrainer(

@@ -88,6 +88,17 @@ def test_the_default_job_saves_model_tokenizer_results_and_picture(tmp_path, cap
     assert f"{runs[0].score:.4f}" in output
 
 
+@pytest.mark.parametrize("packing", ["", "--packing"])
+def test_texts_without_a_token_to_predict_are_refused(tmp_path, corpus, packing):
+    empty = write(tmp_path / "empty.jsonl", [{"text": ""}] * 8)
+    for files, which in (
+        (f"--train_file {empty} --validation_file {corpus}", "training"),
+        (f"--train_file {corpus} --validation_file {empty}", "evaluation"),
+    ):
+        with pytest.raises(InputError, match=f"the {which} texts are empty"):
+            run(tmp_path / which, f"{TINY} {packing} {files}")
+
+
 def test_the_saved_model_has_the_reported_loss(tmp_path, corpus):
     others = ["A text that nobody has seen.", "And a longer one, which ends here."]
     test = write(tmp_path / "test.jsonl", [{"text": text} for text in others])

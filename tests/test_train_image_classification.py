@@ -19,6 +19,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
+import experiment
+import training_utils
 from experiment import method_name
 from image_arguments import DataArguments, ModelArguments, TrainArguments
 from image_data import load_image_data
@@ -137,6 +139,20 @@ def test_a_run_is_repeated_exactly_by_its_seed(tmp_path):
         run(tmp_path / name, f"{DIGITS} --max_steps 3 --seed {seed} --augment")
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
+
+
+def test_what_is_finished_is_kept_when_the_plain_half_is_interrupted(tmp_path, monkeypatch):
+    def train(trainer, name, *args, **kwargs):
+        if name == "AdamW":
+            raise KeyboardInterrupt
+        return training_utils.train(trainer, name, *args, **kwargs)
+
+    monkeypatch.setattr(experiment, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, f"{DIGITS} --num_train_epochs 1 --sam_rho 0.1 --compare_with_plain")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [each["name"] for each in results["runs"]] == ["SAM (rho 0.1)"]
+    assert "64 training and 360 test images" in results["data"]
 
 
 def test_a_run_that_is_resumed_ends_where_it_would_have_ended(tmp_path, capsys):
