@@ -112,6 +112,7 @@ def train_and_compare(
     if resume_from is not None:
         load_checkpoint_weights(model, resume_from)
     trainer = build(args, model=model)
+    _refuse_no_update(trainer)
     watch_sharpness(trainer, args)
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
@@ -125,6 +126,16 @@ def train_and_compare(
         runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics))
         _write_results(trainer, runs, details)
     return trainer, runs
+
+
+def _refuse_no_update(trainer: Trainer) -> None:
+    args, examples = trainer.args, len(trainer.train_dataset)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and examples < batch:
+        raise InputError(
+            f"--dataloader_drop_last leaves nothing of {examples} training examples in batches of "
+            f"{batch}: choose a smaller --per_device_train_batch_size"
+        )
 
 
 def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any] | None) -> None:

@@ -33,6 +33,9 @@ LEAST = {
     "eval_accumulation_steps": 1,
     "dataloader_num_workers": 0,
     "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "adam_epsilon": 0,
     "seed": 0,
     "data_seed": 0,
     "max_length": 2,  # of TRL's SFT: of one token nothing is predicted
@@ -223,10 +226,9 @@ def check_training_arguments(args: TrainingArguments) -> None:
             f"{started} processes were started, but there is no GPU for them, and each would train "
             "alone. Give --use_cpu to train together on the CPU"
         )
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name} must be {least} or more, got {value}")
+    _check_numbers(args)
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 has no effect without a GPU: choose --bf16, or neither")
     if args.max_steps < 1 and args.max_steps != -1:
         raise InputError(
             f"--max_steps must be 1 or more, or -1 to go by the epochs, got {args.max_steps}"
@@ -240,6 +242,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
         )
     if args.optim_args and any(pair.count("=") != 1 for pair in args.optim_args.split(",")):
         raise InputError(f"--optim_args must be name=value,name=value, got {args.optim_args!r}")
+    if args.label_names is not None:
+        raise InputError(f"--label_names {args.label_names}: the script gives the labels a name")
     if args.do_predict:
         raise InputError("--do_predict has no effect: the final model is always evaluated")
     if args.do_eval and not args.do_train and args.eval_strategy == IntervalStrategy.NO:
@@ -270,8 +274,24 @@ def check_training_arguments(args: TrainingArguments) -> None:
         ) from error
 
 
+def _check_numbers(args: TrainingArguments) -> None:
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} must be {least} or more, got {value}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} must be from 0 to below 1, got {getattr(args, name)}")
+    for what in ("save", "eval"):
+        steps = getattr(args, f"{what}_steps")
+        if getattr(args, f"{what}_strategy") == "steps" and not (steps is None or steps > 0):
+            raise InputError(f"--{what}_steps must be above 0, got {steps:g}")
+
+
 def require_writable(output_dir: str) -> None:
     """Make the folder, and raise `InputError` if nothing can be written there."""
+    if not output_dir:
+        raise InputError("--output_dir '' is not the name of a folder")
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:  # permissions tell root nothing

@@ -245,6 +245,19 @@ def test_reading_files_shows_no_bars_and_reports_each_error_once(script_surround
         ({"learning_rate": -0.1}, "--learning_rate must be 0 or more, got -0.1"),
         ({"learning_rate": math.nan}, "--learning_rate must be 0 or more, got nan"),
         ({"learning_rate": math.inf}, "--learning_rate must be 0 or more, got inf"),
+        ({"dataloader_num_workers": -1}, "--dataloader_num_workers must be 0 or more, got -1"),
+        ({"eval_accumulation_steps": 0}, "--eval_accumulation_steps must be 1 or more, got 0"),
+        ({"weight_decay": -0.1}, "--weight_decay must be 0 or more, got -0.1"),
+        ({"max_grad_norm": -1.0}, "--max_grad_norm must be 0 or more, got -1.0"),
+        ({"adam_beta1": 1.0}, "--adam_beta1 must be from 0 to below 1, got 1.0"),
+        ({"adam_epsilon": -1e-8}, "--adam_epsilon must be 0 or more, got -1e-08"),
+        ({"save_strategy": "steps", "save_steps": 0}, "--save_steps must be above 0, got 0"),
+        ({"eval_strategy": "steps", "eval_steps": -2}, "--eval_steps must be above 0, got -2"),
+        (
+            {"label_names": ["foo"]},
+            "--label_names .'foo'.: the script gives",
+        ),
+        ({"fp16": True, "use_cpu": True}, "--fp16 has no effect without a GPU: choose --bf16"),
         ({"sam_start_ratio": 1.0}, "--sam_start_ratio 1.0: SAM would never begin"),
         ({"optim_args": "foo"}, "--optim_args must be name=value,name=value, got 'foo'"),
         ({"lr_scheduler_kwargs": "foo"}, "--lr_scheduler_kwargs 'foo': "),
@@ -273,6 +286,11 @@ def test_training_options_that_cannot_do_what_they_say_are_refused(tmp_path, opt
 )
 def test_training_options_that_make_sense_are_taken(tmp_path, options):
     check_training_arguments(SAMTrainingArguments(str(tmp_path), **options))
+
+
+def test_no_name_of_an_output_folder_is_refused():
+    with pytest.raises(InputError, match="--output_dir '' is not the name of a folder"):
+        require_writable("")
 
 
 def test_an_output_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path):

@@ -234,6 +234,10 @@ def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_pat
         ("--model_name_or_path x --model_type vit", "--model_type has no effect with --model_name"),
         ("--model_name_or_path x --dropout 0", "--dropout has no effect with --model_name"),
         ("--num_hidden_layers 0", "--num_hidden_layers must be 1 or more, got 0"),
+        (
+            "--max_train_samples 64 --dataloader_drop_last true --per_device_train_batch_size 99",
+            "--dataloader_drop_last leaves nothing of 64 training examples in batches of 99",
+        ),
         ("--sam_rho 0 --compare_with_plain", "--compare_with_plain has no effect with --sam_rho 0"),
         ("--torch_num_threads 0", "--torch_num_threads must be 1 or more, got 0"),
         ("--sam_rho -1", "sam_rho=-1.0 is not allowed"),
