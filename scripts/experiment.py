@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training_utils import (
     save_json,
     train,
 )
-from transformers import PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from sam_hf.diagnostics import SharpnessCallback
@@ -58,13 +59,30 @@ def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
 
 def load_classifier(loader: Any, args: ClassifierArguments, **config: Any) -> PreTrainedModel:
     """The pretrained model, in fp32 whatever it is stored in: bf16 swallows the perturbation."""
-    return load_pretrained(
+    model = load_pretrained(
         loader,
         args,
         dtype=torch.float32,
         ignore_mismatched_sizes=args.ignore_mismatched_sizes,
         **config,
     )
+    _warn_of_other_classes(args, list(config.get("id2label", {}).values()))
+    return model
+
+
+def _warn_of_other_classes(args: ClassifierArguments, names: list[str]) -> None:
+    """A head with as many classes keeps its weights, whatever they were the weights of."""
+    before = load_pretrained(AutoConfig, args)
+    has_head = any("Classification" in name for name in before.architectures or [])
+    known = [name for _, name in sorted(before.id2label.items())]
+    is_named = known != [f"LABEL_{i}" for i in range(len(known))]
+    if has_head and is_named and len(known) == len(names) and known != names:
+        old, new = (", ".join(map(str, each[:5])) for each in (known, names))
+        warnings.warn(
+            f"--model_name_or_path {args.model_name_or_path!r}: its head was trained for the "
+            f"classes {old}, in this order, and goes on as that of {new}",
+            stacklevel=3,
+        )
 
 
 def class_labels(names: Sequence[str]) -> dict[str, dict[Any, Any]]:

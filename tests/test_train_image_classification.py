@@ -178,7 +178,7 @@ def write_folder(folder: Path, classes: tuple[str, ...], size: tuple[int, int] =
     return folder
 
 
-def test_an_image_folder_trains_and_a_pretrained_model_goes_on_from_there(tmp_path):
+def test_an_image_folder_trains_and_a_pretrained_model_goes_on_from_there(tmp_path, recwarn):
     folder = write_folder(tmp_path / "data", ("cat", "dog"))
     first = tmp_path / "first"
     (result,) = run(
@@ -192,6 +192,14 @@ def test_an_image_folder_trains_and_a_pretrained_model_goes_on_from_there(tmp_pa
     options = f"--model_name_or_path {first} --use_cpu --learning_rate 0 --max_steps 1"
     (again,) = run(tmp_path / "again", f"{options} --train_dir {folder} --eval_fraction 0.34")
     assert again.score == result.score  # learning rate 0: the pretrained weights were used
+
+    said = [str(w.message) for w in recwarn if "its head was trained for" in str(w.message)]
+    assert said == []
+    others = write_folder(tmp_path / "others", ("ant", "bee"))
+    run(tmp_path / "other", f"{options} --train_dir {others} --eval_fraction 0.34")
+    said = [str(w.message) for w in recwarn if "its head was trained for" in str(w.message)]
+    assert len(said) == 1 and "classes cat, dog, in this order, and goes on as" in said[0]
+    assert said[0].endswith("that of ant, bee")
 
     three = write_folder(tmp_path / "three", ("cat", "dog", "cow"))
     with pytest.raises(InputError, match=r"--ignore_mismatched_sizes"):
