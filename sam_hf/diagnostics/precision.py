@@ -9,28 +9,40 @@ from typing import Any
 import torch
 from torch import nn
 
-# Each of these may be allowed to round float32 to TF32's 10 bits; for convolutions that is torch's
-# default. Differences of gradients would be those of the rounding.
+# From the general setting to those of single operations, which follow it unless they were set.
 _CUDNN: Any = torch.backends.cudnn
-_OPERATIONS: tuple[Any, ...] = (_CUDNN.conv, _CUDNN.rnn, torch.backends.cuda.matmul)
+_SETTINGS: tuple[Any, ...] = (
+    torch.backends,
+    _CUDNN,
+    _CUDNN.conv,
+    _CUDNN.rnn,
+    torch.backends.cuda.matmul,
+)
 
 
 @contextmanager
 def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     """float32 is computed in float32, and recurrent layers by kernels that have gradients in
-    evaluation mode: cuDNN's keep what they need for them in training mode alone."""
+    evaluation mode: cuDNN's keep what they need for them in training mode alone.
+
+    Convolutions are rounded to TF32's 10 bits by torch's default, other products where the user
+    allows it. Differences of gradients would be those of the rounding.
+    """
     if device.type != "cuda":
         yield
         return
-    precisions = [operation.fp32_precision for operation in _OPERATIONS]
+    # Only what does not follow is set itself: the others go on following afterwards.
+    changed: list[tuple[Any, str]] = []
     is_cudnn_used = _CUDNN.enabled
     try:
-        for operation in _OPERATIONS:
-            operation.fp32_precision = "ieee"
+        for setting in _SETTINGS:
+            if setting.fp32_precision != "ieee":
+                changed.append((setting, setting.fp32_precision))
+                setting.fp32_precision = "ieee"
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             _CUDNN.enabled = False
         yield
     finally:
         _CUDNN.enabled = is_cudnn_used
-        for operation, precision in zip(_OPERATIONS, precisions, strict=True):
-            operation.fp32_precision = precision
+        for setting, precision in reversed(changed):
+            setting.fp32_precision = precision
