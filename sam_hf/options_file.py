@@ -72,6 +72,8 @@ def changed_since(folder: Path, options: Mapping[str, Any]) -> list[str]:
     try:
         before = json.loads((folder / SAM_CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        before = {}
+    if not isinstance(before, dict):
         return []
     now = json.loads(json.dumps(options))
     return [

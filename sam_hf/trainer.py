@@ -163,7 +163,7 @@ class SAMTrainerMixin(UpdateMixin, PublishingMixin):
             return
         self._sam_resumed_from = Path(checkpoint)
         changes = changed_since(Path(checkpoint), self.sam_config.to_sam_dict())
-        if changes:
+        if changes and self.is_world_process_zero():
             warnings.warn(
                 f"The run goes on from {checkpoint} with other options of SAM than it was begun "
                 f"with: {'; '.join(changes)}.",

@@ -92,7 +92,7 @@ def run_classification(
         "model_arguments": asdict(model_args),
     }
     trainer, runs = train_and_compare(
-        build, model, training_args, resume_from, data.metrics, details
+        build, model, training_args, resume_from, data.metrics, details=details
     )
     show_results(trainer, runs, data.title, saved)
     card = {

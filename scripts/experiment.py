@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resuming import checkpoint_to_resume, load_checkpoint_weights
+from resuming import checkpoint_to_resume, load_checkpoint_weights, settings_of
 from script_utils import InputError, check_training_arguments
 from shared_arguments import ClassifierArguments, ModelArguments, SharpnessArguments
 from training_utils import (
@@ -28,14 +28,15 @@ from transformers.trainer_utils import SaveStrategy
 from sam_hf.diagnostics import SharpnessCallback
 
 
-def prepare(args: Any) -> str | None:
+def prepare(args: Any, data_args: Any) -> str | None:
     """Check the training's options, set the threads, and say from which checkpoint to go on.
 
     Raises:
-        InputError: an option has no effect here, or there is no such checkpoint.
+        InputError: an option has no effect here, or there is no such checkpoint, or it was made
+            with other options or other data.
     """
     check_training_arguments(args)
-    resume_from = checkpoint_to_resume(args)
+    resume_from = checkpoint_to_resume(args, data_args)
     if args.torch_num_threads is not None:
         torch.set_num_threads(args.torch_num_threads)
     return resume_from
@@ -94,16 +95,24 @@ def build_trainer(trainer_class: type[Trainer], args: Any, **options: Any) -> An
     """The trainer. It makes the Hub's repository too, if it is to push.
 
     Raises:
-        InputError: an option needs something that is not there: a package, a login, a connection.
+        InputError: an option needs something that is not there: a package, a login, a connection;
+            or there is no update to make.
     """
     try:
-        return trainer_class(args=args, **options)
+        trainer = trainer_class(args=args, **options)
     except (ImportError, ValueError, RuntimeError) as error:
         raise InputError(error) from error
     except Exception as error:  # the Hub's client has no base class for what may go wrong
         if not args.push_to_hub:
             raise
         raise InputError(f"--push_to_hub: no repository can be made: {error}") from error
+    if args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+        raise InputError(
+            f"--dataloader_drop_last leaves nothing of {len(trainer.train_dataset)} training "
+            f"examples in batches of {args.train_batch_size}, one for each of {args.world_size} "
+            "processes: choose a smaller --per_device_train_batch_size"
+        )
+    return trainer
 
 
 def train_and_compare(
@@ -112,16 +121,19 @@ def train_and_compare(
     args: Any,
     resume_from: str | None = None,
     metrics: Sequence[str] = ("accuracy",),
-    details: dict[str, Any] | None = None,
+    *,
+    details: dict[str, Any],
 ) -> tuple[Trainer, list[Run]]:
     """Train `model` and save it; with --compare_with_plain train its initial copy without SAM too.
 
-    `results.json` is written after each: an interrupt loses nothing that is finished.
+    `results.json` is written at the beginning, for a run that will be resumed, and after each
+    training: an interrupt loses nothing that is finished.
 
     Args:
         build: makes the trainer of `args` and `model`.
         metrics: the names, without `eval_`, of what is reported; the first is what counts.
-        details: what `results.json` is to hold beside the runs and the training's options.
+        details: what `results.json` is to hold beside the runs and the training's options; the
+            `data_arguments` among them.
 
     Returns:
         The trainer of `model`, and one or two runs.
@@ -130,11 +142,12 @@ def train_and_compare(
     if resume_from is not None:
         load_checkpoint_weights(model, resume_from)
     trainer = build(args, model=model)
-    _refuse_no_update(trainer)
     watch_sharpness(trainer, args)
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
     trainer.add_callback(LayoutLine(trainer))
+    if resume_from is None:
+        _write_results(trainer, [], details)
     runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
     _write_results(trainer, runs, details)
     if initial_model is not None:
@@ -146,22 +159,12 @@ def train_and_compare(
     return trainer, runs
 
 
-def _refuse_no_update(trainer: Trainer) -> None:
-    args, examples = trainer.args, len(trainer.train_dataset)
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and examples < batch:
-        raise InputError(
-            f"--dataloader_drop_last leaves nothing of {examples} training examples in batches of "
-            f"{batch}: choose a smaller --per_device_train_batch_size"
-        )
-
-
-def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any] | None) -> None:
+def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any]) -> None:
     if trainer.is_world_process_zero():
         results = {
-            **(details or {}),
+            **details,
+            **settings_of(trainer.args, details["data_arguments"]),
             "runs": [dataclasses.asdict(run) | run.scores for run in runs],
-            "training_arguments": trainer.args.to_dict(),
         }
         save_json(results, Path(trainer.args.output_dir) / "results.json")
 

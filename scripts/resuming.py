@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from script_utils import InputError, require_writable
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
-# What the state of the optimizer overrules, or cannot be loaded into; then what draws the data.
-_KEPT_BY_THE_OPTIMIZER = (
+# What the saved state of the optimizer overrules, or cannot be loaded into.
+_OF_THE_OPTIMIZER = (
     "optim",
     "optim_args",
     "learning_rate",
@@ -22,20 +25,18 @@ _KEPT_BY_THE_OPTIMIZER = (
     "adam_beta2",
     "adam_epsilon",
 )
-_DRAWS_THE_DATA = (
-    "seed",
-    "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)
+_OF_THE_ORDER = ("seed", "data_seed", "dataloader_drop_last")
+# Files may have moved, and what is evaluated does not matter to the training.
+_NOT_OF_THE_DATA = ("train_file", "validation_file", "train_dir", "validation_dir")
+_NOT_OF_THE_DATA += ("max_eval_samples", "num_eval_prompts")
 
 
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+def checkpoint_to_resume(args: TrainingArguments, data_args: Any) -> str | None:
     """The checkpoint that --resume_from_checkpoint names: a folder, or "last" for the newest.
 
     Raises:
-        InputError: there is none; or there is one, and a fresh run would mix with it; or
-            --output_dir cannot be written to.
+        InputError: there is none; or there is one, and a fresh run would mix with it; or it was
+            made with other options than it can go on with; or --output_dir cannot be written to.
     """
     asked = args.resume_from_checkpoint
     require_writable(args.output_dir)
@@ -59,7 +60,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor 'last'")
     if asked is not None:
         _refuse_finished(asked, args)
-        _refuse_other_settings(asked, args)
+        _refuse_other_settings(Path(asked), args, data_args)
     return asked
 
 
@@ -80,24 +81,68 @@ def _is_complete(checkpoint: str) -> bool:
     return (Path(checkpoint) / "trainer_state.json").is_file()
 
 
-def _refuse_other_settings(checkpoint: str, args: TrainingArguments) -> None:
-    """Of those that would be ignored without a word, or that make the rest another training."""
+def settings_of(args: TrainingArguments, data_args: dict[str, Any]) -> dict[str, Any]:
+    """What `results.json` holds of the options, from the beginning of a training on."""
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "data_arguments": data_args,
+        "training_arguments": args.to_dict(),
+        "examples_per_update": per_update,
+    }
+
+
+def _refuse_other_settings(checkpoint: Path, args: TrainingArguments, data_args: Any) -> None:
+    """Those that would be ignored without a word, or that would let the rest see other examples."""
     try:
-        before = torch.load(Path(checkpoint) / "training_args.bin", weights_only=False)
-    except Exception:  # none, of another version or of another script: nothing to compare with
-        return
-    for names, why in (
-        (_KEPT_BY_THE_OPTIMIZER, "the optimizer goes on as it was saved"),
-        (_DRAWS_THE_DATA, "the examples that were seen would be others"),
-    ):
-        for name in names:
-            was, now = getattr(before, name, None), getattr(args, name, None)
-            if hasattr(before, name) and was != now:
-                was, now = (getattr(value, "value", value) for value in (was, now))
-                raise InputError(
-                    f"--{name} {now}: {checkpoint} was made with {was}, and {why}. Give what it "
-                    "was, or load the folder as a model in a new run"
-                )
+        before = json.loads((checkpoint.parent / "results.json").read_text(encoding="utf-8"))
+        before = {name: before[name] for name in settings_of(args, {})}
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of another program, or of another version: there is nothing to compare with
+    now = json.loads(json.dumps(settings_of(args, asdict(data_args))))
+    has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
+    if has_optimizer:
+        why = "and the optimizer goes on as it was saved"
+        _refuse_difference(checkpoint, before, now, "training_arguments", _OF_THE_OPTIMIZER, why)
+    why = "and the rest of the epoch would have other examples"
+    _refuse_difference(checkpoint, before, now, "training_arguments", _OF_THE_ORDER, why)
+    names = [name for name in now["data_arguments"] if name not in _NOT_OF_THE_DATA]
+    _refuse_difference(checkpoint, before, now, "data_arguments", names, why)
+    was, is_now = before["examples_per_update"], now["examples_per_update"]
+    if was != is_now:
+        raise InputError(
+            f"{is_now} examples an update (--per_device_train_batch_size times "
+            f"--gradient_accumulation_steps times processes): {checkpoint} was made with {was}, "
+            f"{why}"
+        )
+
+
+def _refuse_difference(
+    checkpoint: Path,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    part: str,
+    names: Sequence[str],
+    why: str,
+) -> None:
+    for name in names:
+        if name not in before[part]:
+            continue
+        was, is_now = (_comparable(name, settings[part]) for settings in (before, now))
+        if was != is_now:
+            raise InputError(
+                f"--{name} {is_now}: {checkpoint} was made with {was}, {why}. Give what it was, or "
+                "load the folder as a model in a new run"
+            )
+
+
+def _comparable(name: str, options: dict[str, Any]) -> Any:
+    """The value, the same for those that mean the same."""
+    value = options[name]
+    if name == "optim":
+        return value.removesuffix("_fused")  # how AdamW is computed is saved with its state
+    if name == "data_seed" and value is None:
+        return options["seed"]
+    return value or None if name == "optim_args" else value
 
 
 def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
@@ -108,17 +153,17 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
     with untrained layers.
 
     Raises:
-        InputError: the checkpoint is of another model than the options describe.
+        InputError: the weights are damaged or missing, or those of another model.
     """
     if (Path(checkpoint) / "adapter_config.json").is_file():
         return  # the Trainer loads adapters as they are
     try:
         saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"--resume_from_checkpoint: {checkpoint} is of another model than the options describe:"
-            f" {str(error)[:200]}"
+            f"--resume_from_checkpoint: the weights in {checkpoint} cannot be loaded into the "
+            f"model that the options describe: {str(error)[:200]}"
         ) from error
     # The Trainer still says which names it did not find.
     logging.getLogger("transformers.trainer").addFilter(

@@ -34,7 +34,6 @@ LEAST = {
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "weight_decay": 0,
-    "max_grad_norm": 0,
     "adam_epsilon": 0,
     "seed": 0,
     "data_seed": 0,
@@ -279,6 +278,8 @@ def _check_numbers(args: TrainingArguments) -> None:
         value = getattr(args, name, None)
         if value is not None and not least <= value < math.inf:
             raise InputError(f"--{name} must be {least} or more, got {value}")
+    if not args.max_grad_norm >= 0:  # infinite: measured, and not clipped
+        raise InputError(f"--max_grad_norm must be 0 or more, got {args.max_grad_norm}")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} must be from 0 to below 1, got {getattr(args, name)}")

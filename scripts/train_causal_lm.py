@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, build data, model and trainer, train, evaluate, compare, push."""
     parser = OptionParser((DataArguments, LanguageModelArguments, TrainArguments), __doc__)
     data_args, model_args, training_args = parser.parse(argv)
-    resume_from = prepare(training_args)
+    resume_from = prepare(training_args, data_args)
 
     name, train, test = load_lm_data(data_args, training_args.dataset_text_field)
     set_seed(training_args.seed)
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
         "model_arguments": asdict(model_args),
     }
     trainer, runs = train_and_compare(
-        build, model, training_args, resume_from, ("loss", "perplexity"), details
+        build, model, training_args, resume_from, ("loss", "perplexity"), details=details
     )
     saved = "adapters, tokenizer" if model_args.use_lora else "model, tokenizer"
     show_results(trainer, runs, name, saved)

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, make prompts, model and trainer, train, evaluate, compare, push."""
     parser = OptionParser((PromptArguments, ModelArguments, TrainArguments), __doc__)
     prompt_args, model_args, training_args = parser.parse(argv)
-    resume_from = prepare(training_args)
+    resume_from = prepare(training_args, prompt_args)
 
     prompts = make_prompts(prompt_args.num_prompts + prompt_args.num_eval_prompts)
     set_seed(training_args.seed)

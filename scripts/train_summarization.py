@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, build data, model and trainer, train, evaluate, compare, push."""
     parser = OptionParser((DataArguments, ModelArguments, TrainArguments), __doc__)
     data_args, model_args, training_args = parser.parse(argv)
-    resume_from = prepare(training_args)
+    resume_from = prepare(training_args, data_args)
 
     name, train, test = load_source(data_args, describe_source(), docstring_summaries)
     columns = {

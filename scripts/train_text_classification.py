@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, build data, model and trainer, search, train, compare, push."""
     parser = OptionParser((DataArguments, ModelArguments, TrainArguments), __doc__)
     data_args, model_args, training_args = parser.parse(argv)
-    resume_from = prepare(training_args)
+    resume_from = prepare(training_args, data_args)
 
     data = load_text_data(data_args)
     set_seed(training_args.seed)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-from resuming import checkpoint_to_resume
+from image_arguments import DataArguments
+from resuming import checkpoint_to_resume, settings_of
 from script_utils import InputError
 from train_image_classification import main
 
 from sam_hf import SAMTrainingArguments
+from sam_hf.options_file import changed_since
 
 
 def resume(folder: Path, asked: str | None, **options: Any) -> str | None:
     args = {"max_steps": -1, "num_train_epochs": 4.0, **options}
     return checkpoint_to_resume(
-        SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=asked, **args)
+        SimpleNamespace(output_dir=str(folder), resume_from_checkpoint=asked, **args), None
     )
 
 
@@ -82,34 +84,83 @@ def test_a_run_that_is_finished_is_not_gone_on_with(tmp_path, step, options, sai
         resume(tmp_path, "last", **options)
 
 
+def write_settings(folder: Path, data: DataArguments | None = None, **options: Any) -> Path:
+    """Of a training that has begun, with a checkpoint of it."""
+    checkpoint = save_checkpoint(folder, 8)
+    (checkpoint / "optimizer.pt").touch()
+    args = SAMTrainingArguments(str(folder), **options)
+    settings = settings_of(args, asdict(data or DataArguments()))
+    (folder / "results.json").write_text(json.dumps({**settings, "runs": []}))
+    return checkpoint
+
+
+def go_on(folder: Path, data: DataArguments | None = None, **options: Any) -> str | None:
+    options = {"resume_from_checkpoint": "last", "num_train_epochs": 4.0} | options
+    args = SAMTrainingArguments(str(folder), **options)
+    return checkpoint_to_resume(args, data or DataArguments())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"learning_rate": 0.1}, "--learning_rate 0.1: .* was made with 5e-05, and the optimizer"),
-        ({"optim": "sgd"}, "--optim sgd: .* was made with adamw_torch_fused, and the optimizer"),
+        ({"optim": "sgd"}, "--optim sgd: .* was made with adamw_torch, and the optimizer"),
         ({"optim_args": "eps=1e-6"}, "--optim_args eps=1e-6: .* was made with None"),
-        ({"seed": 7}, "--seed 7: .* was made with 42, and the examples"),
-        ({"per_device_train_batch_size": 3}, "--per_device_train_batch_size 3: .* with 8"),
-        ({"num_train_epochs": 5.0, "logging_steps": 3, "sam_rho": 0.5}, None),
+        ({"seed": 7}, "--seed 7: .* was made with 42, and the rest"),
+        ({"data_seed": 7}, "--data_seed 7: .* was made with 42, and the rest"),
+        ({"dataloader_drop_last": True}, "--dataloader_drop_last True: .* was made with False"),
+        ({"per_device_train_batch_size": 3}, "3 examples an update .* was made with 8"),
     ],
 )
-def test_what_a_checkpoint_would_overrule_is_refused(tmp_path, options, said):
-    checkpoint = save_checkpoint(tmp_path, 8)
-    torch.save(SAMTrainingArguments(str(tmp_path)), checkpoint / "training_args.bin")
-    arguments = {"resume_from_checkpoint": "last", "num_train_epochs": 4.0} | options
-    args = SAMTrainingArguments(str(tmp_path), **arguments)
+def test_what_a_checkpoint_would_overrule_or_see_otherwise_is_refused(tmp_path, options, said):
+    write_settings(tmp_path)
+    with pytest.raises(InputError, match=said):
+        go_on(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_train_epochs": 5.0, "logging_steps": 3, "sam_rho": 0.5},
+        {"data_seed": 42, "optim_args": "", "optim": "adamw_torch"},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_what_means_the_same_or_may_change_is_taken(tmp_path, options):
+    checkpoint = write_settings(tmp_path)
+    assert go_on(tmp_path, **options) == str(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (DataArguments(max_train_samples=24), "--max_train_samples 24: .* was made with None"),
+        (DataArguments(label_noise=0.4), "--label_noise 0.4: .* was made with 0.0"),
+        (DataArguments(max_eval_samples=9), None),
+    ],
+)
+def test_other_training_data_are_refused(tmp_path, data, said):
+    checkpoint = write_settings(tmp_path)
     if said is None:
-        assert checkpoint_to_resume(args) == str(checkpoint)
+        assert go_on(tmp_path, data) == str(checkpoint)
         return
     with pytest.raises(InputError, match=said):
-        checkpoint_to_resume(args)
+        go_on(tmp_path, data)
 
 
-def test_arguments_that_cannot_be_read_are_not_compared(tmp_path):
+def test_without_its_state_an_optimizer_may_be_another(tmp_path):
+    checkpoint = write_settings(tmp_path)
+    (checkpoint / "optimizer.pt").unlink()  # --save_only_model true
+    assert go_on(tmp_path, optim="sgd", learning_rate=0.1) == str(checkpoint)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_settings_that_cannot_be_read_are_not_compared(tmp_path, content):
     checkpoint = save_checkpoint(tmp_path, 8)
-    (checkpoint / "training_args.bin").write_bytes(b"of another version")
-    args = SAMTrainingArguments(str(tmp_path), resume_from_checkpoint="last", num_train_epochs=4)
-    assert checkpoint_to_resume(args) == str(checkpoint)
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert go_on(tmp_path, seed=7) == str(checkpoint)
 
 
 TINY = "--hidden_size 8 --num_hidden_layers 1 --num_attention_heads 1 --intermediate_size 8"
@@ -121,8 +172,10 @@ def test_a_checkpoint_of_another_model_and_another_radius_are_told(tmp_path, rec
     options = f"{TINY} --output_dir {tmp_path} --num_train_epochs"
     main([*options.split(), "1", "--sam_rho", "0.1"])
     again = [*options.split(), "2", "--resume_from_checkpoint", "last"]
-    with pytest.raises(InputError, match="checkpoint-2 is of another model than the options"):
+    with pytest.raises(InputError, match="checkpoint-2 cannot be loaded into the model"):
         main([*again, "--sam_rho", "0.1", "--hidden_size", "16"])
+    with pytest.raises(InputError, match=r"--seed 7: .*checkpoint-2 was made with 42"):
+        main([*again, "--sam_rho", "0.1", "--seed", "7"])
     recwarn.clear()
     main([*again, "--sam_rho", "0.2"])
     said = [str(w.message) for w in recwarn if "other options of SAM" in str(w.message)]
@@ -130,3 +183,12 @@ def test_a_checkpoint_of_another_model_and_another_radius_are_told(tmp_path, rec
     recwarn.clear()
     main([*options.split(), "3", "--resume_from_checkpoint", "last", "--sam_rho", "0.2"])
     assert not [w for w in recwarn if "other options of SAM" in str(w.message)]
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="checkpoint-6 cannot be loaded"):
+        main([*options.split(), "4", "--resume_from_checkpoint", "last", "--sam_rho", "0.2"])
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "not JSON", '{"sam_rho": 0.1}'])
+def test_options_of_a_checkpoint_that_cannot_be_read_are_not_compared(tmp_path, content):
+    (tmp_path / "sam_config.json").write_text(content)
+    assert changed_since(tmp_path, {"sam_rho": 0.1, "sam_eta": 0.0}) == []

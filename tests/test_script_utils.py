@@ -278,6 +278,7 @@ def test_training_options_that_cannot_do_what_they_say_are_refused(tmp_path, opt
         {},
         {"max_steps": 1, "num_train_epochs": 0},
         {"learning_rate": 0.0},
+        {"max_grad_norm": math.inf},
         {"optim_args": "betas=(0.9), eps=1e-8"},
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
         *({"lr_scheduler_type": kind} for kind in ("linear", "cosine", "polynomial", "constant")),
@@ -288,7 +289,7 @@ def test_training_options_that_make_sense_are_taken(tmp_path, options):
     check_training_arguments(SAMTrainingArguments(str(tmp_path), **options))
 
 
-def test_no_name_of_an_output_folder_is_refused():
+def test_an_empty_output_dir_is_refused():
     with pytest.raises(InputError, match="--output_dir '' is not the name of a folder"):
         require_writable("")
 
