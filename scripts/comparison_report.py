@@ -17,6 +17,7 @@ from comparison_plot import STYLES, draw_gain_and_cost, draw_gains
 from comparison_recipes import PLAIN
 from comparison_results import finished_runs
 from comparison_runs import plain_length
+from comparison_sharpness_plot import draw_sharpness
 from comparison_statistics import Estimate, mean_interval, paired_gain, share
 from script_utils import InputError, closest
 from training_utils import save_json
@@ -92,6 +93,10 @@ def report(
     if 1 < len(rows) <= 1 + len(STYLES):  # of more recipes than colours nobody could read it
         pictures.append(folder / "gains.png")
         draw_gains(rows, title(content), metric, pictures[1])
+        others, file = [row.name for row in rows[1:]], folder / "sharpness.png"
+        each = title(content).replace("mean over ", "")
+        if draw_sharpness(content, others, each, metric, file):
+            pictures.append(file)
     print("", title(content), "", table, *left_out, "", measures, sep="\n")
     print(f"\nsaved in {folder}: table.md, table.json, {', '.join(x.name for x in pictures)}")
 

@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from comparison_recipes import Recipe
 from comparison_report import make_rows, title
 from comparison_results import RunSpec
 from comparison_runs import build_trainer, train_once
+from comparison_sharpness_plot import draw_sharpness
 from comparison_tasks import build_task
 
 SAM = Recipe("sam", "d", options={"sam_rho": 0.1})
@@ -251,3 +253,50 @@ def test_the_report_is_valid_json_too(tmp_path):
     ece = found["rows"][1]["measures"]["ece"]
     assert ece["difference"]["value"] == pytest.approx(-0.11)
     assert "calibration error" in (tmp_path / "table.md").read_text()
+
+
+# -------------------------------------------------------------------------------------- the picture
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """What was drawn last, still open."""
+    shown = []
+    monkeypatch.setattr(plt, "close", shown.append)
+    yield shown
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def test_each_model_is_a_point_of_its_score_beside_its_sharpness(tmp_path, figure):
+    content = results()
+    for i, run in enumerate(content["runs"]):
+        run["sharpness"] = {"worst_sharpness": 0.01 * (i + 1), "hessian_eigenvalue": 5.0 - i}
+        run["accuracy"] = 0.5 + 0.01 * i
+    file = tmp_path / "sharpness.png"
+    assert draw_sharpness(content, ["sam"], "the title", "accuracy", file)
+    assert file.stat().st_size > 10_000
+    grid = figure[-1].axes
+    assert [axes.get_title() for axes in grid[:2]] == [
+        "0 % wrong labels",
+        "10 % of the data, 20 % wrong labels",
+    ]
+    seen = {
+        (round(float(x), 6), round(float(y), 6))
+        for axes in grid[:2]
+        for drawn in axes.get_lines()
+        for x, y in zip(*drawn.get_data(), strict=True)
+    }
+    assert seen == {(round(0.01 * (i + 1), 6), round(0.5 + 0.01 * i, 6)) for i in range(18)}
+    eigenvalues = [drawn.get_xdata()[0] for axes in grid[2:] for drawn in axes.get_lines()]
+    assert sorted(eigenvalues) == [1.0, 2.0, 3.0, 4.0, 5.0]  # there is no logarithm of the others
+    notes = [axes.get_xlabel() for axes in grid[2:]]
+    assert [int(note.split()[-2]) for note in notes] == [6, 7]
+    labels = [text.get_text() for text in figure[-1].legends[0].get_texts()]
+    assert labels == ["plain", "plain, with as many passes as a recipe", "sam"]
+
+
+def test_without_measures_there_is_no_picture_of_them(tmp_path):
+    assert not draw_sharpness(results(), ["sam"], "t", "accuracy", tmp_path / "x.png")
+    assert not draw_sharpness(results(sharpness={}), ["sam"], "t", "accuracy", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
