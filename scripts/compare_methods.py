@@ -31,7 +31,8 @@ on where it was. The table:
 
 A second table has what else is recorded of each final model, averaged over the noise levels, beside
 that of plain training: calibration, the accuracy on corrupted images (scripts/corruptions.py), and
-with --sharpness how sharp the training loss is around the weights (sam_hf.diagnostics).
+with --sharpness how sharp the training loss is around the weights (sam_hf.diagnostics); then
+sharpness.png shows each model's score beside it.
 
 --tune scores each rho of a grid on a part of the training examples with right labels, with other
 seeds and at one noise level, and writes --rho_file. The test examples have no say in it.
