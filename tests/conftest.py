@@ -8,14 +8,20 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-import transformers.trainer  # noqa: F401 - so that what it loads is frozen below
 from transformers import set_seed
 
 # Models of a hundred weights spend their time in waiting for a second thread.
 torch.set_num_threads(1)
-# Each `train()` begins with a full garbage collection: spare it the 0.3 s over what imports left.
-gc.collect()
-gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    """Each `train()` begins with a full garbage collection: spare it what imports have left.
+
+    By now all of the suite's files are imported, with the libraries that some of them alone need,
+    which takes the collector 0.15 s; there are some thousands of trainings.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
