@@ -65,7 +65,7 @@ def read_options(
 
 
 def changed_since(folder: Path, options: Mapping[str, Any]) -> list[str]:
-    """ "sam_rho was 0.05 and is 0.1" for each option with which a checkpoint was made otherwise.
+    """A line such as "sam_rho was 0.05 and is 0.1" for each option that a checkpoint had otherwise.
 
     Nothing for a folder without such a file, as other Trainers leave it.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resuming import checkpoint_to_resume, load_checkpoint_weights, settings_of
+from resuming import checkpoint_to_resume, load_checkpoint_weights, write_settings
 from script_utils import InputError, check_training_arguments
 from shared_arguments import ClassifierArguments, ModelArguments, SharpnessArguments
 from training_utils import (
@@ -37,6 +37,8 @@ def prepare(args: Any, data_args: Any) -> str | None:
     """
     check_training_arguments(args)
     resume_from = checkpoint_to_resume(args, data_args)
+    if resume_from is None:
+        write_settings(args, data_args)
     if args.torch_num_threads is not None:
         torch.set_num_threads(args.torch_num_threads)
     return resume_from
@@ -126,14 +128,12 @@ def train_and_compare(
 ) -> tuple[Trainer, list[Run]]:
     """Train `model` and save it; with --compare_with_plain train its initial copy without SAM too.
 
-    `results.json` is written at the beginning, for a run that will be resumed, and after each
-    training: an interrupt loses nothing that is finished.
+    `results.json` is written after each training: an interrupt loses nothing that is finished.
 
     Args:
         build: makes the trainer of `args` and `model`.
         metrics: the names, without `eval_`, of what is reported; the first is what counts.
-        details: what `results.json` is to hold beside the runs and the training's options; the
-            `data_arguments` among them.
+        details: what `results.json` is to hold beside the runs and the training's options.
 
     Returns:
         The trainer of `model`, and one or two runs.
@@ -146,8 +146,6 @@ def train_and_compare(
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
     trainer.add_callback(LayoutLine(trainer))
-    if resume_from is None:
-        _write_results(trainer, [], details)
     runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
     _write_results(trainer, runs, details)
     if initial_model is not None:
@@ -163,8 +161,8 @@ def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any
     if trainer.is_world_process_zero():
         results = {
             **details,
-            **settings_of(trainer.args, details["data_arguments"]),
             "runs": [dataclasses.asdict(run) | run.scores for run in runs],
+            "training_arguments": trainer.args.to_dict(),
         }
         save_json(results, Path(trainer.args.output_dir) / "results.json")
 

@@ -15,6 +15,8 @@ from script_utils import InputError, require_writable
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
+SETTINGS_NAME = "training_settings.json"
+_SETTINGS = ("data_arguments", "training_arguments", "examples_per_update")
 # What the saved state of the optimizer overrules, or cannot be loaded into.
 _OF_THE_OPTIMIZER = (
     "optim",
@@ -81,24 +83,27 @@ def _is_complete(checkpoint: str) -> bool:
     return (Path(checkpoint) / "trainer_state.json").is_file()
 
 
-def settings_of(args: TrainingArguments, data_args: dict[str, Any]) -> dict[str, Any]:
-    """What `results.json` holds of the options, from the beginning of a training on."""
+def write_settings(args: TrainingArguments, data_args: Any) -> None:
+    """Note beside the checkpoints to come what they are made with."""
+    if args.process_index == 0:
+        file = Path(args.output_dir) / SETTINGS_NAME
+        file.write_text(json.dumps(_settings(args, data_args), indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(args: TrainingArguments, data_args: Any) -> dict[str, Any]:
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {
-        "data_arguments": data_args,
-        "training_arguments": args.to_dict(),
-        "examples_per_update": per_update,
-    }
+    values = (asdict(data_args), args.to_dict(), per_update)
+    return dict(zip(_SETTINGS, values, strict=True))
 
 
 def _refuse_other_settings(checkpoint: Path, args: TrainingArguments, data_args: Any) -> None:
     """Those that would be ignored without a word, or that would let the rest see other examples."""
     try:
-        before = json.loads((checkpoint.parent / "results.json").read_text(encoding="utf-8"))
-        before = {name: before[name] for name in settings_of(args, {})}
+        before = json.loads((checkpoint.parent / SETTINGS_NAME).read_text(encoding="utf-8"))
+        before = {name: before[name] for name in _SETTINGS}
     except (OSError, ValueError, KeyError, TypeError):
         return  # of another program, or of another version: there is nothing to compare with
-    now = json.loads(json.dumps(settings_of(args, asdict(data_args))))
+    now = json.loads(json.dumps(_settings(args, data_args)))
     has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
     if has_optimizer:
         why = "and the optimizer goes on as it was saved"

@@ -6,7 +6,6 @@ queued, and torch.compile captures graphs. SAM and its relatives are held to the
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from pathlib import Path
@@ -24,7 +23,7 @@ from tiny import Classifier, Rows, assert_same_bits, examples, sam_trainer, weig
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Trainer
-from twin_runs import by_the_twin, means
+from twin_runs import by_the_twin, distance, means
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -127,19 +126,15 @@ def test_bf16_stays_close_to_the_twin(scope):
     assert distance(actual, expected) / distance(plain, expected) < 0.05
 
 
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return math.sqrt(sum((a[n].double() - value).square().sum().item() for n, value in b.items()))
-
-
 # ---- The same masks in both passes --------------------------------------------------------------
 
 
-def vit(dtype: torch.dtype = torch.float32) -> nn.Module:
+def vit() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     drop = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
     config = hf.ViTConfig(image_size=32, patch_size=4, intermediate_size=96, **sizes, **drop)
-    return hf.ViTForImageClassification(config).to(dtype)
+    return hf.ViTForImageClassification(config)
 
 
 def pictures(n: int) -> Rows:

@@ -24,7 +24,7 @@ from scaling import UPDATES, run
 from tiny import Classifier, examples
 from torch import Tensor
 from torch.testing import assert_close
-from twin_runs import by_the_twin, means
+from twin_runs import by_the_twin, distance, means
 
 WORKER = Path(__file__).parent / "distributed" / "scaling_worker.py"
 RHO, BATCH, CLIP = 0.3, 4, 0.05
@@ -287,10 +287,6 @@ def test_an_fp16_run_whose_scale_is_too_large_skips_what_the_plain_one_skips(
         assert stands == skipped[1:]
         is_perturbed = [entry["sam_perturbation_norm"] > 0 for entry in ours["logs"]]
         assert not is_perturbed[0] and is_perturbed[-1]
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    return math.sqrt(sum((a[n].double() - value).square().sum().item() for n, value in b.items()))
 
 
 @pytest.mark.parametrize("dtype", AUTOCAST)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 from image_arguments import DataArguments
-from resuming import checkpoint_to_resume, settings_of
+from resuming import SETTINGS_NAME, checkpoint_to_resume, write_settings
 from script_utils import InputError
 from train_image_classification import main
 
@@ -84,13 +83,11 @@ def test_a_run_that_is_finished_is_not_gone_on_with(tmp_path, step, options, sai
         resume(tmp_path, "last", **options)
 
 
-def write_settings(folder: Path, data: DataArguments | None = None, **options: Any) -> Path:
+def begin(folder: Path, data: DataArguments | None = None, **options: Any) -> Path:
     """Of a training that has begun, with a checkpoint of it."""
     checkpoint = save_checkpoint(folder, 8)
     (checkpoint / "optimizer.pt").touch()
-    args = SAMTrainingArguments(str(folder), **options)
-    settings = settings_of(args, asdict(data or DataArguments()))
-    (folder / "results.json").write_text(json.dumps({**settings, "runs": []}))
+    write_settings(SAMTrainingArguments(str(folder), **options), data or DataArguments())
     return checkpoint
 
 
@@ -113,7 +110,7 @@ def go_on(folder: Path, data: DataArguments | None = None, **options: Any) -> st
     ],
 )
 def test_what_a_checkpoint_would_overrule_or_see_otherwise_is_refused(tmp_path, options, said):
-    write_settings(tmp_path)
+    begin(tmp_path)
     with pytest.raises(InputError, match=said):
         go_on(tmp_path, **options)
 
@@ -128,7 +125,7 @@ def test_what_a_checkpoint_would_overrule_or_see_otherwise_is_refused(tmp_path, 
     ],
 )
 def test_what_means_the_same_or_may_change_is_taken(tmp_path, options):
-    checkpoint = write_settings(tmp_path)
+    checkpoint = begin(tmp_path)
     assert go_on(tmp_path, **options) == str(checkpoint)
 
 
@@ -141,7 +138,7 @@ def test_what_means_the_same_or_may_change_is_taken(tmp_path, options):
     ],
 )
 def test_other_training_data_are_refused(tmp_path, data, said):
-    checkpoint = write_settings(tmp_path)
+    checkpoint = begin(tmp_path)
     if said is None:
         assert go_on(tmp_path, data) == str(checkpoint)
         return
@@ -150,7 +147,7 @@ def test_other_training_data_are_refused(tmp_path, data, said):
 
 
 def test_without_its_state_an_optimizer_may_be_another(tmp_path):
-    checkpoint = write_settings(tmp_path)
+    checkpoint = begin(tmp_path)
     (checkpoint / "optimizer.pt").unlink()  # --save_only_model true
     assert go_on(tmp_path, optim="sgd", learning_rate=0.1) == str(checkpoint)
 
@@ -159,7 +156,7 @@ def test_without_its_state_an_optimizer_may_be_another(tmp_path):
 def test_settings_that_cannot_be_read_are_not_compared(tmp_path, content):
     checkpoint = save_checkpoint(tmp_path, 8)
     if content is not None:
-        (tmp_path / "results.json").write_text(content)
+        (tmp_path / SETTINGS_NAME).write_text(content)
     assert go_on(tmp_path, seed=7) == str(checkpoint)
 
 
@@ -171,11 +168,13 @@ TINY += " --save_strategy epoch --save_total_limit 1 --logging_steps 1"
 def test_a_checkpoint_of_another_model_and_another_radius_are_told(tmp_path, recwarn):
     options = f"{TINY} --output_dir {tmp_path} --num_train_epochs"
     main([*options.split(), "1", "--sam_rho", "0.1"])
+    results = (tmp_path / "results.json").read_bytes()
     again = [*options.split(), "2", "--resume_from_checkpoint", "last"]
     with pytest.raises(InputError, match="checkpoint-2 cannot be loaded into the model"):
         main([*again, "--sam_rho", "0.1", "--hidden_size", "16"])
     with pytest.raises(InputError, match=r"--seed 7: .*checkpoint-2 was made with 42"):
         main([*again, "--sam_rho", "0.1", "--seed", "7"])
+    assert (tmp_path / "results.json").read_bytes() == results  # those of the run that was finished
     recwarn.clear()
     main([*again, "--sam_rho", "0.2"])
     said = [str(w.message) for w in recwarn if "other options of SAM" in str(w.message)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,6 +72,11 @@ def means(model: nn.Module, windows: list[list[list[Any]]]) -> list[list[Any]]:
         return lambda w: loss(w, default_collate(rows)) / count
 
     return [[part(rows, len(window)) for rows in window] for window in windows]
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Of all weights together, those of `b` in float64."""
+    return math.sqrt(sum((a[n].double() - value).square().sum().item() for n, value in b.items()))
 
 
 def assert_weights(model: nn.Module, expected: dict[str, Tensor]) -> None:
