@@ -1,4 +1,4 @@
-"""sam_hf: sharpness-aware training as a drop-in Hugging Face Trainer.
+"""sam_hf: sharpness-aware minimization for Hugging Face.
 
 from sam_hf import SAMConfig, SAMTrainer
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# transformers imports its Trainer, and torch with it, only when it is asked for. So does this
-# package: `import sam_hf` stays as quick as `import transformers`.
+# transformers imports its Trainer, and torch with it, on first access. So does this package:
+# `import sam_hf` is as quick as `import transformers`.
 _MODULES = {
     "SAMConfig": "config",
     "SAMTrainingArguments": "config",

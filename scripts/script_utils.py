@@ -11,6 +11,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from logging import CRITICAL, getLogger
 from pathlib import Path
@@ -174,6 +175,8 @@ class OptionParser(HfArgumentParser):
                 f"{file}: {name} takes no boolean, got {value} (YAML reads yes, no, on and off as "
                 "booleans: put such a word in quotes)"
             )
+        if isinstance(value, dict) and name == "sam_method_args":
+            return {key: _as_number(item) for key, item in value.items()}
         if isinstance(value, dict) and name in TrainingArguments._VALID_DICT_FIELDS:
             return value
         if isinstance(value, dict) or (isinstance(value, list) and action.nargs != "+"):
@@ -193,6 +196,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
+
+
+def _as_number(value: Any) -> Any:
+    """1e-3, which YAML 1.1 reads as a string, as the number it looks like."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with suppress(ValueError):
+            return kind(value)
+    return value
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

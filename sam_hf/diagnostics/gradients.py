@@ -1,28 +1,26 @@
-"""What the gradients say: how noisy they are, and which weights a perturbation is spent on."""
-
-from __future__ import annotations
+"""Gradient statistics: gradient noise scale, and the distribution of SAM's perturbation."""
 
 from dataclasses import dataclass
 
 import torch
 
-from ..backends.processes import sum_over_processes_
-from ..params import PARAMETER_GROUPS, parameter_groups
+from ..distributed.processes import sum_over_processes_, total
+from ..engine.parameters import PARAMETER_GROUPS, parameter_groups
+from .numerics import dot
 from .objective import Objective
 from .sharpness import Ball
-from .vectors import dot
 
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """How much the gradients of single examples differ.
+    """Variance of per-example gradients, in relation to the mean gradient.
 
     Args:
-        squared_norm: |G|² of the mean gradient, without the part that the noise adds to it. The
-            estimate can be below 0 where the noise outweighs it.
-        noise: tr Σ, the summed variance of one example's gradient.
-        scale: tr Σ / |G|², the simple noise scale: batches much smaller than this many examples
-            have gradients that are mostly noise. Infinite where |G|² is not above 0.
+        squared_norm: unbiased estimate of |G|², the squared norm of the expected gradient. Negative
+            values are possible where the noise dominates.
+        noise: tr Σ, the trace of the covariance of the gradient of one example.
+        scale: tr Σ / |G|², the simple noise scale, in examples: noise dominates the gradients of
+            much smaller batches. Infinite if the estimate of |G|² is not positive.
     """
 
     squared_norm: float
@@ -31,63 +29,62 @@ class GradientNoise:
 
 
 def gradient_noise(objective: Objective) -> GradientNoise:
-    r"""The simple noise scale, from the gradients of the batches.
+    r"""Simple gradient noise scale, from the gradients of the batches.
 
     McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch Training", 2018,
-    https://arxiv.org/abs/1812.06162, section 2.2. With K batches of b examples, gradients
-    :math:`G_k` and their mean :math:`\bar G`, both without bias:
+    https://arxiv.org/abs/1812.06162, section 2.2. From K batches of b examples with gradients
+    :math:`G_k` and their mean :math:`\bar G`, both estimates being unbiased:
 
     .. math:: \operatorname{tr} \Sigma = \frac{b}{K - 1} \sum_k \|G_k - \bar G\|^2, \qquad
               |G|^2 = \|\bar G\|^2 - \frac{\operatorname{tr} \Sigma}{K b}
 
-    The batches must be drawn at random: where they are sorted by class, their gradients differ
-    more. A last batch that is smaller is left out.
+    The batches must be random samples: batches sorted by class overestimate the noise. Batches of
+    another size than the most common one are left out. Cost: one forward-backward pass.
 
     Raises:
-        ValueError: there are fewer than two batches of one size.
-
-    Cost: one forward-backward pass over the examples.
+        ValueError: fewer than two batches have the most common size.
     """
-    size, squares = objective.usual_size, 0.0
-    count = objective.usual_batches
+    size, count = objective.common_batch_size, objective.common_batch_count
     if count < 2:
-        raise ValueError(
-            f"the gradient noise needs two batches of {size} examples or more, and there is "
-            f"{count}: use smaller batches"
-        )
-    total = [torch.zeros_like(w) for w in objective.weights]
-    for its_size, grads in objective.batch_gradients():
-        if its_size == size:
+        needed = f"the gradient noise needs at least two batches of {size} examples"
+        raise ValueError(f"{needed}, got {count}: use smaller batches")
+    squares = 0.0
+    mean = [torch.zeros_like(w) for w in objective.weights]
+    for batch_size, grads in objective.batch_gradients():
+        if batch_size == size:
             squares += dot(grads, grads)
-            torch._foreach_add_(total, grads)
-    sum_of_squares = torch.tensor(squares, dtype=torch.float64, device=total[0].device)
-    sum_over_processes_([*total, sum_of_squares])
-    squares = float(sum_of_squares.item())
-    torch._foreach_div_(total, count)
-    mean = dot(total, total)
-    noise = size * (squares - count * mean) / (count - 1)
-    squared_norm = mean - noise / (count * size)
+            torch._foreach_add_(mean, grads, alpha=1 / count)
+    sum_over_processes_(mean)
+    squared_mean = dot(mean, mean)
+    noise = size * (total(squares, mean[0].device) - count * squared_mean) / (count - 1)
+    squared_norm = squared_mean - noise / (count * size)
     scale = noise / squared_norm if squared_norm > 0 else float("inf")
     return GradientNoise(squared_norm, noise, scale)
 
 
 def perturbation_budget(objective: Objective, ball: Ball | None = None) -> dict[str, float]:
-    r"""The share of \|e\|² that each group of parameters gets, e the first step into the ball.
+    r"""Share of \|e\|² that falls on each group of parameters, for the perturbation e of SAM.
 
-    e is SAM's perturbation :math:`g`, or ASAM's :math:`T^2 g`, up to its length. Groups: norms,
-    biases, embeddings, matrices; those without parameters are left out. Where the gradient is 0,
-    all shares are 0.
+    e is proportional to :math:`g` for SAM (Foret et al. 2021, eq. 2) and to :math:`T^2 g` for the
+    adaptive ball of ASAM (Kwon et al. 2021, section 3), where g is the gradient over all examples.
+
+    Args:
+        objective: the loss.
+        ball: its shape; by default that of SAM. The radius has no influence on the shares.
+
+    Returns:
+        Shares of the groups "norms", "biases", "embeddings" and "matrices" that have parameters.
+        They sum to 1, or are all 0 if the gradient is zero.
     """
+    ball = ball or Ball()
     e = objective.gradient()
-    scales = (ball or Ball()).scales(objective.weights)
-    if scales is not None:
-        torch._foreach_mul_(e, scales)
-        torch._foreach_mul_(e, scales)
-    total = dot(e, e)
+    for _ in range(2):
+        e = ball.scale(e, objective.weights)
+    squared_norm = dot(e, e)
     groups = parameter_groups(objective.model)
     shares = {}
     for group in PARAMETER_GROUPS:
         members = [x for name, x in zip(objective.names, e, strict=True) if groups[name] == group]
         if members:
-            shares[group] = dot(members, members) / total if total > 0 else 0.0
+            shares[group] = dot(members, members) / squared_norm if squared_norm > 0 else 0.0
     return shares

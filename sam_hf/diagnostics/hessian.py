@@ -1,27 +1,23 @@
-"""The Hessian of the loss without writing it down: its largest eigenvalues, and its trace."""
+"""Hessian spectrum from Hessian-vector products: largest eigenvalues, and the trace."""
 
-from __future__ import annotations
-
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .estimates import Estimate, check_count, mean_of
+from .numerics import Estimate, check_count, dot, norm
 from .objective import Objective
-from .vectors import dot
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """The largest eigenvalues, in falling order, and their unit vectors.
+    """The largest eigenvalues of a Hessian H, in descending order, with unit eigenvectors.
 
     Args:
-        values: λ.
-        residuals: |H v - λ v| of each: H has an eigenvalue at most so far from λ.
-        vectors: for each λ one tensor for each of the objective's `names`.
-        iterations: how many products with H were needed.
+        values: the eigenvalues λ.
+        residuals: |H v - λ v| of each pair. H has an eigenvalue within this distance of λ.
+        vectors: the eigenvectors v, each with one tensor for each of the objective's `names`.
+        iterations: number of Hessian-vector products computed.
     """
 
     values: list[float]
@@ -38,66 +34,65 @@ def top_eigenpairs(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Eigenpairs:
-    r"""The largest eigenvalues of :math:`\nabla^2 L(w)` by the Lanczos method.
+    r"""Largest (most positive) eigenvalues of :math:`\nabla^2 L(w)` by the Lanczos method.
 
-    From a random start q_1, three-term recursion gives an orthonormal basis in which H is
-    tridiagonal; the eigenvalues of that small matrix are those of H from the outside inward
-    (Golub and Van Loan, Matrix Computations, 4th ed., section 10.1). Every new vector is
-    orthogonalised against all earlier ones, twice: without it, rounding brings copies of converged
-    eigenvalues. An eigenvalue that H has several times is found once.
+    In an orthonormal basis of the Krylov space of a random start vector, H is tridiagonal; the
+    extreme eigenvalues of that small matrix converge to those of H (Golub and Van Loan, Matrix
+    Computations, 4th ed., section 10.1). A multiple eigenvalue is found once.
 
     Args:
-        count: how many. `iterations` must be at least as many.
-        iterations: the most products with H; each keeps one vector of the size of the weights.
-        tolerance: stop when the residual of each is below this share of it.
-        seed: of the start.
+        objective: the loss.
+        count: number of eigenpairs.
+        iterations: maximum number of Hessian-vector products, at least `count`. Memory: one vector
+            of the size of the weights for each.
+        tolerance: stop when the residual of each pair is at most this share of its eigenvalue.
+        seed: seed of the start vector.
 
     Returns:
-        With residuals: where they are not small, more iterations are needed.
+        The eigenpairs, at most `count` of them. Large residuals call for more iterations.
+
+    Raises:
+        ValueError: `count` or `iterations` is not allowed, or a Hessian-vector product is not
+            finite.
     """
     check_count("count", count, 1)
     check_count("iterations", iterations, count)
-    generator = torch.Generator().manual_seed(seed)
-    start = objective.random_vector(generator)
-    torch._foreach_div_(start, dot(start, start) ** 0.5)
-    basis: list[list[Tensor]] = [start]
-    diagonal: list[float] = []
-    beside: list[float] = []
-    most = min(iterations, objective.parameter_count)
-    while True:
+    start = objective.random_vector(torch.Generator().manual_seed(seed))
+    torch._foreach_div_(start, norm(start))
+    basis = [start]
+    limit = min(iterations, objective.parameter_count)
+    tridiagonal = torch.zeros(limit, limit, dtype=torch.float64)
+    for size in range(1, limit + 1):
         w = objective.hessian_product(basis[-1])
-        diagonal.append(dot(w, basis[-1]))
-        for _ in range(2):
+        tridiagonal[size - 1, size - 1] = dot(w, basis[-1])
+        for _ in range(2):  # fully, since rounding errors bring back converged eigenvalues
             for q in basis:
                 torch._foreach_add_(w, q, alpha=-dot(w, q))
-        left = dot(w, w) ** 0.5
-        values, small = _tridiagonal(diagonal, beside)
-        found = min(count, len(values))
-        residuals = [left * abs(float(small[-1, -1 - i])) for i in range(found)]
-        largest = max(abs(float(v)) for v in values)
-        is_done = found == count and all(
-            r <= tolerance * abs(float(values[-1 - i])) for i, r in enumerate(residuals)
-        )
-        # What is left of an exhausted space is rounding.
-        is_exhausted = left <= 1e2 * torch.finfo(w[0].dtype).eps * max(largest, 1e-30)
-        if is_done or is_exhausted or len(diagonal) >= most:
+        remainder = norm(w)
+        if not tridiagonal.isfinite().all():
+            problem = "a Hessian-vector product is not finite"
+            raise ValueError(f"{problem}: is the loss finite at these weights?")
+        # In ascending order; of the matrix, the lower triangle is read.
+        ritz_values, ritz_vectors = torch.linalg.eigh(tridiagonal[:size, :size])
+        values, coefficients = ritz_values.flip(0)[:count], ritz_vectors.flip(1)[:, :count]
+        residuals = remainder * coefficients[-1].abs()
+        has_converged = len(values) == count and bool((residuals <= tolerance * values.abs()).all())
+        # The Krylov space is exhausted when only rounding errors remain.
+        rounding = 1e2 * torch.finfo(w[0].dtype).eps * max(float(ritz_values.abs().max()), 1e-30)
+        if has_converged or remainder <= rounding or size == limit:
             break
-        beside.append(left)
-        torch._foreach_div_(w, left)
+        tridiagonal[size, size - 1] = remainder
+        torch._foreach_div_(w, remainder)
         basis.append(w)
-    vectors = []
-    for i in range(found):
-        vector = [torch.zeros_like(x) for x in objective.weights]
-        for q, share in zip(basis, small[:, -1 - i].tolist(), strict=True):
-            torch._foreach_add_(vector, q, alpha=share)
-        vectors.append(vector)
-    return Eigenpairs(
-        [float(values[-1 - i]) for i in range(found)], residuals, vectors, len(diagonal)
-    )
+    vectors = [[torch.zeros_like(x) for x in objective.weights] for _ in values]
+    for q, of_pairs in zip(basis, coefficients.tolist(), strict=True):
+        for vector, coefficient in zip(vectors, of_pairs, strict=True):
+            torch._foreach_add_(vector, q, alpha=coefficient)
+    return Eigenpairs(values.tolist(), residuals.tolist(), vectors, size)
 
 
 def hessian_trace(objective: Objective, *, samples: int = 20, seed: int = 0) -> Estimate:
-    r"""The trace of :math:`\nabla^2 L(w)` by Hutchinson's estimator.
+    r"""Trace of :math:`\nabla^2 L(w)` by Hutchinson's estimator with Rademacher vectors.
 
     .. math:: \operatorname{tr} H = E_z[z^\top H z], \qquad z_i = \pm 1
 
@@ -105,28 +100,17 @@ def hessian_trace(objective: Objective, *, samples: int = 20, seed: int = 0) -> 
     Splines", Communications in Statistics 19 (1990).
 
     Args:
-        samples: how many z, 2 or more. Cost: as many Hessian products.
+        objective: the loss.
+        samples: number of vectors z, at least 2. Cost: one Hessian-vector product for each.
+        seed: seed of z.
+
+    Returns:
+        The trace, with its standard error over the samples.
     """
     check_count("samples", samples, 2)
     generator = torch.Generator().manual_seed(seed)
     products = []
     for _ in range(samples):
-        z = [torch.sign(x) for x in objective.random_vector(generator)]
-        for x in z:
-            x[x == 0] = 1
+        z = [torch.ones_like(x).copysign(x) for x in objective.random_vector(generator)]
         products.append(dot(z, objective.hessian_product(z)))
-    return mean_of(products)
-
-
-def _tridiagonal(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors, as columns, of the symmetric matrix."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        other = torch.tensor(beside, dtype=torch.float64)
-        matrix += torch.diag(other, 1) + torch.diag(other, -1)
-    if not all(math.isfinite(x) for x in (*diagonal, *beside)):
-        raise ValueError(
-            "the Hessian products are not finite: is the loss finite at these weights?"
-        )
-    values, vectors = torch.linalg.eigh(matrix)
-    return values, vectors
+    return Estimate.from_samples(products)

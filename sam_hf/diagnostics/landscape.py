@@ -1,6 +1,4 @@
-"""The loss on lines and planes through the weights."""
-
-from __future__ import annotations
+"""Loss landscapes: the loss on lines and planes through the weights, and its file."""
 
 import json
 import math
@@ -15,24 +13,29 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..backends.processes import from_main_process_, is_main_process
-from ..options_file import replacing
+from ..config.file import replacing
+from ..distributed.processes import from_main_process, is_main_process
+from .evaluation import deterministic_evaluation
 from .objective import Objective
 from .planes import Plane
 
 _SECONDS_BETWEEN_WRITES = 5.0
+_METADATA_KEY = b"sam_hf.landscape"
+# Facts in which a file must agree with a scan that resumes from it.
+_IDENTITY = ("weights_and_data", "directions", "seed", "iterations", "second_model", "params")
 
 
 @dataclass
 class Landscape:
-    """Losses on a grid.
+    """Losses on a one- or two-dimensional grid of perturbations of the weights.
 
     Args:
-        name: of the model.
-        labels: of the axes.
-        coordinates: along each axis.
-        losses: indexed as the coordinates; NaN where nothing was computed yet.
-        facts: the loss at w, how the directions were made, what it was computed from.
+        name: name of the model.
+        labels: axis labels, one for each axis.
+        coordinates: coordinates along each axis, ascending.
+        losses: float64 tensor with one dimension for each axis; NaN where not yet computed.
+        facts: metadata: the loss at the weights, the number of examples, how the directions were
+            computed, and a fingerprint of weights and data.
     """
 
     name: str
@@ -43,7 +46,12 @@ class Landscape:
 
     @property
     def is_complete(self) -> bool:
+        """Whether the loss at every grid point has been computed."""
         return not bool(self.losses.isnan().any())
+
+    def at(self, point: Sequence[int]) -> list[float]:
+        """Coordinates of the grid point with the given index along each axis."""
+        return [axis[i] for axis, i in zip(self.coordinates, point, strict=True)]
 
 
 def scan(
@@ -55,184 +63,146 @@ def scan(
     path: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Landscape:
-    """The loss at w + Σ a_i d_i for all a of a grid.
+    r"""Compute the loss :math:`L(w + \sum_i a_i d_i)` for all coordinates a of a grid.
 
     Args:
-        plane: the directions d_i, along one or two axes.
-        coordinates: a_i along each axis.
-        name: of the model, in the file and in pictures.
-        path: a parquet file that is written as the scan goes on (a column for each coordinate, and
-            `loss`). If it is there already, and is of the same model, data and grid, what it holds
-            is not computed again.
-        progress: show a bar.
+        objective: the loss.
+        plane: the directions :math:`d_i`, along one or two axes.
+        coordinates: the values of :math:`a_i` along each axis, ascending.
+        name: name of the model in the file and in plots.
+        path: a parquet file that is updated during the scan (see `write_landscape`). If it holds
+            a landscape of the same weights, data, directions and grid, the scan resumes from it.
+        progress: show a progress bar on the main process.
 
     Returns:
-        Losses that overflow are infinite.
+        The landscape, with infinity for losses that are NaN. Cost: one forward pass for each point.
 
     Raises:
-        ValueError: the numbers of axes differ, or the file is of something else.
+        ValueError: `coordinates` is not an ascending grid with as many axes as the plane, or the
+            file holds something else.
     """
     axes = [[float(a) for a in axis] for axis in coordinates]
     file = None if path is None else Path(path)
-    if len(axes) not in (1, 2):
-        raise ValueError(f"coordinates has {len(axes)} axes. Allowed: 1 and 2")
-    if len(axes) != len(plane.directions):
-        raise ValueError(f"coordinates has {len(axes)} axes, and the plane {len(plane.directions)}")
+    if len(axes) != len(plane.directions) or len(axes) > 2:
+        allowed = f"as many as the plane, {len(plane.directions)}, and at most 2"
+        raise ValueError(f"coordinates has {len(axes)} axes. Allowed: {allowed}")
     for axis in axes:
         if not axis or axis != sorted(set(axis)):
-            raise ValueError(f"coordinates {axis} are not allowed. Allowed: rising numbers")
-    facts = plane.facts | {"weights_and_data": objective.fingerprint()}
-    facts["params"] = objective.params
-    facts |= {"examples": objective.example_count, "loss_at_weights": objective.value()}
+            raise ValueError(f"coordinates {axis} are not allowed. Allowed: ascending numbers")
+    facts = plane.facts | {
+        "weights_and_data": objective.fingerprint(),
+        "params": objective.params,
+        "examples": objective.example_count,
+        "loss_at_weights": objective.value(),
+    }
     losses = torch.full([len(axis) for axis in axes], math.nan, dtype=torch.float64)
     landscape = Landscape(name, plane.labels, axes, losses, facts)
     if file is not None:
-        _take_over(landscape, file, objective.weights[0].device)
-        _refuse_other_directions(objective, plane, landscape, file)
+        _resume(objective, plane, landscape, file)
     points = [tuple(i) for i in losses.isnan().nonzero().tolist()]
-    bar = tqdm(
-        total=losses.numel(),
-        initial=losses.numel() - len(points),
-        desc=f"landscape of {name}",
-        unit="point",
-        disable=not (progress and is_main_process()),
-    )
-
-    def write() -> None:
-        if file is not None and is_main_process():
-            write_landscape(landscape, file)
-
-    written = time.monotonic()
+    title, total, is_main = f"landscape of {name}", losses.numel(), is_main_process()
+    known, hidden = total - len(points), not (progress and is_main)
+    bar = tqdm(points, title, total=total, initial=known, unit="point", disable=hidden)
+    target = file if is_main else None
+    last_write = time.monotonic()
     try:
-        for point in points:
-            at = [axis[i] for axis, i in zip(landscape.coordinates, point, strict=True)]
-            losses[point] = _loss_at(objective, plane, at)
-            bar.update()
-            if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                write()
-                written = time.monotonic()
-    finally:  # an interrupted scan goes on where it was
-        bar.close()
-        write()
+        for point in bar:
+            losses[point] = _loss_at(objective, plane, landscape.at(point))
+            if target is not None and time.monotonic() - last_write > _SECONDS_BETWEEN_WRITES:
+                write_landscape(landscape, target)
+                last_write = time.monotonic()
+    finally:  # also on an interrupt, so that the scan can be resumed
+        if target is not None:
+            write_landscape(landscape, target)
     return landscape
 
 
-def _loss_at(objective: Objective, plane: Plane, at: Sequence[float]) -> float:
+def _loss_at(objective: Objective, plane: Plane, coordinates: Sequence[float]) -> float:
     offset = [torch.zeros_like(w) for w in objective.weights]
-    for a, direction in zip(at, plane.directions, strict=True):
+    for a, direction in zip(coordinates, plane.directions, strict=True):
         torch._foreach_add_(offset, direction, alpha=a)
-    buffers = dict(objective.model.named_buffers())
-    saved = {name: buffers[name].clone() for name in plane.buffers}
-    try:
-        with objective.moved(offset):
-            for name, change in plane.buffers.items():
-                # Not beyond the two models: a running variance would become negative.
-                buffers[name].copy_(saved[name] + min(max(at[0], 0.0), 1.0) * change)
-            loss = objective.value()
-    finally:
-        for name, value in saved.items():
-            buffers[name].copy_(value)
+    model, device = objective.model, objective.weights[0].device
+    with deterministic_evaluation(model, device), objective.perturbed(offset):  # restores buffers
+        for name, change in plane.buffers.items():
+            # Without extrapolation, which could make a running variance negative.
+            model.get_buffer(name).add_(min(max(coordinates[0], 0.0), 1.0) * change)
+        loss = objective.value()
     return math.inf if math.isnan(loss) else loss
 
 
-# ------------------------------------------------------------------------------------- the file
-
-_KEY = b"sam_hf.landscape"
-
-
 def write_landscape(landscape: Landscape, path: Path) -> None:
-    """Write a parquet file: a column for each coordinate and `loss`; the rest in its metadata."""
+    """Write a landscape to a parquet file, which is replaced atomically.
+
+    Columns: "a" and, in two dimensions, "b" (coordinates), and "loss". Name, labels and facts are
+    stored as JSON in the schema metadata.
+    """
     import pyarrow
     from pyarrow import parquet
 
-    grids = torch.meshgrid(
-        *(torch.tensor(c, dtype=torch.float64) for c in landscape.coordinates), indexing="ij"
-    )
+    axes = [torch.tensor(axis, dtype=torch.float64) for axis in landscape.coordinates]
+    grids = torch.meshgrid(axes, indexing="ij")
     columns = {name: grid.flatten().numpy() for name, grid in zip("ab", grids, strict=False)}
     columns["loss"] = landscape.losses.flatten().numpy()
-    facts = {"name": landscape.name, "labels": landscape.labels, "facts": landscape.facts}
-    table = pyarrow.table(columns).replace_schema_metadata({_KEY: json.dumps(facts)})
+    metadata = {"name": landscape.name, "labels": landscape.labels, "facts": landscape.facts}
+    table = pyarrow.table(columns).replace_schema_metadata({_METADATA_KEY: json.dumps(metadata)})
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         parquet.write_table(table, partial)
 
 
 def read_landscape(path: Path) -> Landscape:
-    """Read what `write_landscape` wrote.
+    """Read a landscape from a parquet file that `write_landscape` or `scan` wrote.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not a landscape.
     """
     from pyarrow import ArrowInvalid, parquet
 
     try:
         table = parquet.read_table(path)
-        known = json.loads((table.schema.metadata or {})[_KEY])
+        metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
     except (ArrowInvalid, KeyError) as error:
-        raise ValueError(f"{path} is no landscape: {error}") from error
-    coordinates = [
-        sorted(set(table[axis].to_pylist())) for axis in "ab" if axis in table.column_names
-    ]
+        raise ValueError(f"{path} is not a landscape file: {error}") from error
+    axes = [axis for axis in "ab" if axis in table.column_names]
+    coordinates = [sorted(set(table[axis].to_pylist())) for axis in axes]
     losses = torch.tensor(table["loss"].to_pylist(), dtype=torch.float64)
-    shaped = losses.reshape([len(c) for c in coordinates])
-    return Landscape(known["name"], known["labels"], coordinates, shaped, known["facts"])
+    losses = losses.reshape([len(c) for c in coordinates])
+    return Landscape(metadata["name"], metadata["labels"], coordinates, losses, metadata["facts"])
 
 
-_SAME = ("weights_and_data", "directions", "seed", "iterations", "second_model", "params")
+def _resume(objective: Objective, plane: Plane, landscape: Landscape, path: Path) -> None:
+    """Copy the losses of an earlier scan of the same landscape from its file, if there is one.
 
-
-def _take_over(landscape: Landscape, path: Path, device: torch.device) -> None:
-    """Take what the file of an earlier scan holds, if there is one and it is of the same thing.
-
-    The first process reads it, since the others may not see its disk, and all raise together.
+    Rank 0 reads the file, which other processes may not see. All processes raise together.
     """
-    trouble = ""
+    losses, problem = landscape.losses, ""
     if is_main_process() and path.exists():
         try:
             found = read_landscape(path)
         except ValueError as error:
-            trouble = str(error)
+            problem = str(error)
         else:
-            if _is_same(landscape, found):
-                landscape.losses.copy_(found.losses)
-            else:
-                trouble = f"{path} holds a landscape of other weights, data, directions or points"
-    is_refused = torch.tensor(bool(trouble))
-    from_main_process_(is_refused, device)
-    if is_refused:
-        raise ValueError(
-            f"{trouble or f'{path} cannot be gone on with'}: choose another folder, or delete it"
-        )
-    from_main_process_(landscape.losses, device)
-
-
-def _refuse_other_directions(
-    objective: Objective, plane: Plane, landscape: Landscape, path: Path
-) -> None:
-    """Compute again the farthest point that the file holds.
-
-    Eigenvectors converge differently on another device or with another version of torch.
-    """
-    known = [tuple(i) for i in (~landscape.losses.isnan()).nonzero().tolist()]
-    if not known:
-        return
-
-    def place(point: tuple[int, ...]) -> list[float]:
-        return [axis[i] for axis, i in zip(landscape.coordinates, point, strict=True)]
-
-    farthest = max(known, key=lambda point: sum(a * a for a in place(point)))
-    before, now = float(landscape.losses[farthest]), _loss_at(objective, plane, place(farthest))
-    if not math.isclose(before, now, rel_tol=1e-2, abs_tol=1e-6):
-        raise ValueError(
-            f"{path} was made along other directions: at {place(farthest)} its loss is "
-            f"{before:.6g}, and now it is {now:.6g}: choose another folder, or delete it"
-        )
-
-
-def _is_same(ours: Landscape, theirs: Landscape) -> bool:
-    at_w = theirs.facts.get("loss_at_weights", math.nan)  # another loss has another value there
-    return (
-        ours.coordinates == theirs.coordinates
-        and all(ours.facts.get(key) == theirs.facts.get(key) for key in _SAME)
-        and math.isclose(ours.facts["loss_at_weights"], at_w, rel_tol=1e-3, abs_tol=1e-9)
-    )
+            ours, theirs = landscape.facts, found.facts
+            losses, loss = found.losses, theirs.get("loss_at_weights", math.nan)
+            if (
+                found.coordinates != landscape.coordinates
+                or any(ours.get(key) != theirs.get(key) for key in _IDENTITY)
+                or not math.isclose(ours["loss_at_weights"], loss, rel_tol=1e-3, abs_tol=1e-9)
+            ):
+                problem = f"{path} holds a landscape of other weights, data, directions or points"
+    losses, problem = from_main_process((losses, problem), objective.weights[0].device)
+    known = [tuple(i) for i in (~losses.isnan()).nonzero().tolist()]
+    if known and not problem:
+        # The Lanczos method may converge to other eigenvectors on another device or with another
+        # version of PyTorch: the known loss farthest from the origin is recomputed.
+        farthest = max(known, key=lambda point: sum(a * a for a in landscape.at(point)))
+        coordinates, stored = landscape.at(farthest), float(losses[farthest])
+        computed = _loss_at(objective, plane, coordinates)
+        if not math.isclose(stored, computed, rel_tol=1e-2, abs_tol=1e-6):
+            problem = (
+                f"{path} was computed along other directions: at {coordinates} the stored loss is "
+                f"{stored:.6g}, and the recomputed one {computed:.6g}"
+            )
+    if problem:
+        raise ValueError(f"{problem}: choose another folder, or delete it")
+    landscape.losses.copy_(losses)

@@ -1,62 +1,70 @@
-"""The loss over fixed examples as a function of the weights: value, gradient, Hessian products."""
+"""The mean loss over fixed examples as a function of the weights."""
 
-from __future__ import annotations
-
+import copy
 import hashlib
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from statistics import mode
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.trainer_pt_utils import find_batch_size
 
-from ..backends.processes import is_distributed, largest_over_processes, sum_over_processes_, unwrap
-from ..params import select_parameters
-from ..perturbation import HALF, Perturbation
-from ..replay import RandomState
-from .batches import add_to_hash, batch_size, loss_of_model, to_device
-from .differences import TRUSTED, central_differences, refute
-from .precision import full_precision
+from ..distributed import processes
+from ..engine.parameters import select_parameters
+from ..engine.perturbation import HALF, Perturbation
+from ..engine.state import always_restore
+from .evaluation import deterministic_evaluation, preserved_random_state
+from .numerics import norm
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
-"""``loss(model, batch)``: the mean over the examples of the batch, a scalar."""
+"""``loss(model, batch)``: mean loss over the examples of the batch, a scalar tensor."""
 
 PRODUCTS = ("auto", "exact", "differences")
+# Central differences that change by more than this share when their step is halved are unreliable.
+_MAX_STEP_SENSITIVITY = 0.2
 
 
 class Objective:
-    r"""The mean loss :math:`L(w)` of a model over fixed examples.
+    r"""The mean loss :math:`L(w)` of a model over fixed examples, as a function of the weights.
 
-    All measures of this package take one. While it computes, the model is in evaluation mode (no
-    dropout, running statistics fixed), without autocast and TF32, and afterwards everything is as
-    it was: the weights bit for bit, `.grad`, the mode of each module, the random state.
-
-    Under DDP every process gives its own batches and must make the same calls: values and gradients
-    are those over the examples of all processes.
+    Losses and gradients are computed in evaluation mode (no dropout, fixed running statistics),
+    without autocast and TF32. Afterwards weights (bitwise), buffers, `.grad`, training flags and
+    the global random state are as before. Under DDP, each process passes its own batches and must
+    make the same calls. Values and gradients are those over the examples of all processes.
 
     Args:
-        model: in fp32 or float64. DDP is unwrapped; sharded weights are refused.
-        batches: mappings of tensors, or whatever `loss` understands. They are gone through once,
-            and kept where they are; each moves to the model's device when it is needed.
-        loss: ``loss(model, batch)``, the mean over the batch. If None, the first output of
-            ``model(**batch)``, which for models of transformers is the loss if there are labels.
-            Means over tokens are weighted by the numbers of examples too, so that the loss of a
-            language model depends on how its texts are cut into batches.
-        params: which weights the loss is a function of: "all", "norms", "matrices", or a regular
-            expression on parameter names. Frozen ones do not count.
-        products: how Hessian-vector products are made: "exact", by a backward pass through the
-            backward pass; "differences", central differences of gradients; "auto" tries the first
-            and falls back to the second, with a warning, where a kernel has no second derivative:
-            it fails, or its first product is far from that of the differences, or where, in one
-            process, memory is short.
+        model: a model in float32 or float64. DistributedDataParallel is unwrapped; sharded weights
+            are not supported.
+        batches: mappings of tensors, or anything that `loss` accepts. The iterable is consumed
+            once; each batch is moved to the model's device for its forward pass. The size of a
+            batch is the first dimension of its first tensor.
+        loss: ``loss(model, batch)``, the mean loss over the batch; by default the loss that
+            ``model(**batch)`` returns. Batches are weighted by their number of examples, also where
+            `loss` is a mean over tokens; the loss of a language model depends on the batching.
+        params: the weights that the loss is a function of: "all", "norms", "matrices", or a regular
+            expression on parameter names. Frozen parameters are excluded.
+        products: how Hessian-vector products are computed. "exact": by double backpropagation.
+            "differences": by central differences of gradients. "auto": exact, with a warning and
+            differences if double backpropagation fails (a kernel without a second derivative; in
+            one process, also out of memory), or if its first product contradicts the differences.
+
+    Attributes:
+        names: names of the selected parameters.
+        weights: the selected parameters, in the order of `names`.
+        example_count: number of examples of all processes.
+        batch_sizes: number of examples in each batch of this process.
+        common_batch_size: the most common batch size, that of rank 0 on all processes.
+        common_batch_count: number of batches of that size, of all processes.
 
     Raises:
-        ValueError: weights are sharded or in half precision, there is no batch, no parameter is
-            selected, or an argument is none of those allowed.
+        ValueError: the weights are sharded or in half precision, `batches` is empty, `params`
+            selects no trainable parameter, or an argument has a value that is not allowed.
     """
 
     def __init__(
@@ -70,239 +78,235 @@ class Objective:
     ) -> None:
         if products not in PRODUCTS:
             raise ValueError(f"products={products!r} is not allowed. Allowed: {PRODUCTS}.")
-        self.model = unwrap(model)
+        self.model, self.params, self.products = processes.unwrap(model), params, products
         try:
-            named = select_parameters(self.model, params)
+            selected = select_parameters(self.model, params)
         except re.error as error:
             raise ValueError(f"params={params!r} does not compile: {error}") from error
         except ValueError as error:
             raise ValueError(str(error).replace("sam_params=", "params=", 1)) from error
-        trainable = {name: p for name, p in named.items() if p.requires_grad}
-        self.params = params
-        self.names = list(trainable)
-        self.weights = list(trainable.values())
-        narrow = sorted({str(w.dtype) for w in self.weights if w.dtype in HALF})
-        if narrow:
+        trainable = {name: p for name, p in selected.items() if p.requires_grad}
+        self.names, self.weights = list(trainable), list(trainable.values())
+        half = sorted({str(w.dtype) for w in self.weights if w.dtype in HALF})
+        if half:
             raise ValueError(
-                f"{type(self.model).__name__} has weights in {', '.join(narrow)}, whose rounding "
-                "is coarser than what is measured. Allowed: float32 and float64. Load the model "
-                "with dtype=torch.float32"
+                f"{type(self.model).__name__} has weights in {', '.join(half)}, which round too "
+                "coarsely. Allowed: float32 and float64. Load the model with dtype=torch.float32"
             )
         self._device = self.weights[0].device
-        random_state = self._random_state()
-        self.batches = list(batches)
-        random_state.restore()  # a loader draws its seed from the global generator
-        if not self.batches:
-            raise ValueError("batches is empty: at least one batch is needed")
-        self.products = products
+        self._epsilon = torch.finfo(self.weights[0].dtype).eps
         self._has_warned = False
-        self._loss = loss or loss_of_model
-        self.is_shared = is_distributed()
-        self.batch_sizes = [batch_size(batch) for batch in self.batches]
+        self._loss = loss or _loss_of_model
+        self.is_distributed = processes.is_distributed()
+        with preserved_random_state(self._device):  # a shuffling loader draws a global seed
+            self._set_batches(list(batches))
+
+    def _set_batches(self, batches: list[Any]) -> None:
+        if not batches:
+            raise ValueError("batches is empty: at least one batch is needed")
+        self.batches = batches
+        self.batch_sizes = [size or 0 for size in map(find_batch_size, batches)]
         if not all(self.batch_sizes):
-            raise ValueError(
-                f"batch number {self.batch_sizes.index(0)} has no examples: the first dimension of "
-                "its first tensor counts them"
-            )
-        total = torch.tensor(float(sum(self.batch_sizes)), dtype=torch.float64, device=self._device)
-        sum_over_processes_([total])
-        self.example_count = int(total.item())
-        # Of all processes: what one of them does, all must do.
-        self.usual_size = largest_over_processes(mode(self.batch_sizes), self._device)
-        usual = torch.tensor(self.batch_sizes.count(self.usual_size), device=self._device)
-        sum_over_processes_([usual])
-        self.usual_batches = int(usual.item())
+            number = self.batch_sizes.index(0)
+            raise ValueError(f"batch number {number} has no examples in its first tensor")
+        self.example_count = int(processes.total(sum(self.batch_sizes), self._device))
+        # The same on all processes, since code that depends on these calls collectives.
+        self.common_batch_size = processes.from_main_process(mode(self.batch_sizes), self._device)
+        count = self.batch_sizes.count(self.common_batch_size)
+        self.common_batch_count = int(processes.total(count, self._device))
 
     @property
     def parameter_count(self) -> int:
+        """Number of scalar weights n that the loss is a function of."""
         return sum(w.numel() for w in self.weights)
 
-    # ------------------------------------------------------------------------- values, gradients
-
     def value(self) -> float:
-        """L(w)."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        with self._measuring(), torch.no_grad():
-            for share, batch in self._shares():
-                total += share * self._loss(self.model, batch).double()
-        sum_over_processes_([total])
-        return float(total.item())
+        """Loss L(w). Cost: one forward pass over the examples."""
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        with self._evaluation(), torch.no_grad():
+            for share, batch in self._weighted_batches():
+                loss += share * self._loss(self.model, batch).double()
+        return processes.total(float(loss.item()), self._device)
 
     def gradient(self) -> list[Tensor]:
-        """∇L(w): one tensor for each of `names`, zeros where the loss does not depend on it."""
-        with self._measuring():
-            grads = self._local_gradient()
-        sum_over_processes_(grads)
-        return grads
+        """Gradient ∇L(w), with one tensor for each of `names`. Cost: one forward-backward pass."""
+        gradient = [torch.zeros_like(w) for w in self.weights]
+        with self._evaluation():
+            for share, batch in self._weighted_batches():
+                loss = self._loss(self.model, batch)
+                torch._foreach_add_(gradient, self._derivative(loss), alpha=share)
+        processes.sum_over_processes_(gradient)
+        return gradient
 
     def batch_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
-        """The size of each batch of this process, and the gradient of the mean loss over it."""
-        for size, batch in zip(self.batch_sizes, self.batches, strict=True):
-            with self._measuring():
-                loss = self._loss(self.model, self._there(batch))
-                grads = self._derivative(loss, self.weights)
+        """Yield the size of each batch of this process, and the gradient of its mean loss."""
+        for size, (_, batch) in zip(self.batch_sizes, self._weighted_batches(), strict=True):
+            with self._evaluation():
+                grads = self._derivative(self._loss(self.model, batch))
             yield size, grads
 
     def hessian_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """∇²L(w) v, for v with one tensor for each of `names`.
+        """Hessian-vector product ∇²L(w) v, where v and the product have a tensor for each name.
 
-        See `products` for how, and `central_differences` for what is done without a second
-        derivative.
+        Exact products (Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation
+        6, 1994) differentiate the inner product of the gradient with v; differences need four
+        gradients (see `products`).
         """
-        if self.products == "differences":
-            return self._difference_product(vector)
-        if self.products == "exact":
-            return self._exact_product(vector)
-        try:
-            product = self._exact_product(vector)
-        except (RuntimeError, NotImplementedError) as error:
-            if self.is_shared and isinstance(error, torch.OutOfMemoryError):
-                raise  # the other processes go on with exact ones
-            why = str(error).splitlines()[0]
-        else:
-            if not refute(self, product, vector):
-                self.products = "exact"
-                return product
-            # A kernel that computes its gradient in the forward pass loses the rest without a word.
-            why = "they are far from the differences, so that a part of the graph is missing"
-        warnings.warn(
-            f"Hessian products are central differences of gradients. Exact ones failed: {why}",
-            stacklevel=2,
-        )
-        self.products = "differences"
-        return self._difference_product(vector)
+        if self.products != "differences":
+            is_chosen = self.products == "exact"
+            try:
+                product = self._exact_product(vector)
+            except (RuntimeError, NotImplementedError) as error:
+                is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+                if is_chosen or (self.is_distributed and is_out_of_memory):
+                    raise  # the other processes continue with exact products
+                reason = str(error).splitlines()[0]
+            else:
+                if is_chosen or not self._is_contradicted(product, vector):
+                    self.products = "exact"
+                    return product
+                # Kernels that compute their gradient in the forward pass drop second-order terms
+                # without an error.
+                reason = "they contradict the differences, so part of the backward graph is missing"
+            self.products = "differences"
+            warnings.warn(
+                "Hessian-vector products are computed by central differences of gradients, since "
+                f"exact products failed: {reason}",
+                stacklevel=2,
+            )
+        product, sensitivity = self._difference_product(vector)
+        if sensitivity > _MAX_STEP_SENSITIVITY and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"central-difference Hessian-vector products change by {sensitivity:.0%} when the "
+                "step is halved: the loss is not smooth, or rounding errors dominate its gradient",
+                stacklevel=2,
+            )
+        return product
 
     def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        total = [torch.zeros_like(w) for w in self.weights]
-        # The math kernel alone can be differentiated twice.
-        with self._measuring(), sdpa_kernel(SDPBackend.MATH):
-            for share, batch in self._shares():
+        product = [torch.zeros_like(w) for w in self.weights]
+        # Of the attention kernels, only the math one can be differentiated twice.
+        with self._evaluation(), sdpa_kernel(SDPBackend.MATH):
+            for share, batch in self._weighted_batches():
                 loss = share * self._loss(self.model, batch)
                 grads = torch.autograd.grad(
                     loss, self.weights, create_graph=True, materialize_grads=True
                 )
                 inner = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)])
-                torch._foreach_add_(total, self._derivative(inner.sum(), self.weights))
-        sum_over_processes_(total)
-        return total
-
-    def _difference_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        product, change = central_differences(self, vector)
-        if change > TRUSTED and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"Hessian products by central differences change by {change:.0%} when the step is "
-                "halved: the loss is not smooth, or its gradient is rounded, at this scale",
-                stacklevel=3,
-            )
+                torch._foreach_add_(product, self._derivative(inner.sum()))
+        processes.sum_over_processes_(product)
         return product
 
-    # ------------------------------------------------------------------------------- moved weights
+    def _difference_product(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """Product by central differences, and its relative change when their step is halved."""
+        # Richardson extrapolation (Nocedal and Wright, Numerical Optimization, 2nd ed., 8.1).
+        length = norm(vector)
+        if length == 0:
+            return [torch.zeros_like(v) for v in vector], 0.0
+        step = self._difference_distance() / length
+        full, half = (self._central_difference(vector, s) for s in (step, step / 2))
+        change = torch._foreach_sub(half, full)
+        size = norm(half)
+        sensitivity = norm(change) / size if size > 0 else 0.0
+        # The error is quadratic in the step: a third of the change is what remains at half of it.
+        torch._foreach_add_(half, change, alpha=1 / 3)
+        return half, sensitivity
+
+    def _central_difference(self, vector: Sequence[Tensor], step: float) -> list[Tensor]:
+        with self.perturbed(vector, step):
+            difference = self.gradient()
+        with self.perturbed(vector, -step):
+            torch._foreach_sub_(difference, self.gradient())
+        return list(torch._foreach_div(difference, 2 * step))
+
+    def _difference_distance(self) -> float:
+        """Distance ε |v| = u^(2/5) (1 + r): machine epsilon u, root-mean-square weight r."""
+        # It does not grow with the number of weights: along the sharpest directions, neither does
+        # the distance over which the loss is close to quadratic.
+        scale = 1 + norm(self.weights) / math.sqrt(self.parameter_count)
+        return float(self._epsilon**0.4 * scale)
+
+    def _is_contradicted(self, exact: Sequence[Tensor], vector: Sequence[Tensor]) -> bool:
+        """Whether reliable central differences are far from an exact product."""
+        # Not reliable: those that depend on their step (kinks of ReLUs), or near rounding errors.
+        differences, sensitivity = self._difference_product(vector)
+        relative_rounding = 100 * self._epsilon / self._difference_distance()
+        rounding = relative_rounding * norm(self.gradient()) * norm(vector)
+        distance = norm(torch._foreach_sub(list(exact), differences))
+        is_far = distance > max(0.5 * norm(exact), 0.5 * norm(differences), rounding)
+        return bool(is_far and sensitivity < _MAX_STEP_SENSITIVITY)
 
     @contextmanager
-    def moved(self, direction: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
-        """w + scale · direction in the place of w, until the context is left."""
+    def perturbed(self, direction: Sequence[Tensor], scale: float = 1.0) -> Iterator[None]:
+        """Set the weights to w + scale · direction; restore w bitwise when the context exits."""
         perturbation = Perturbation(self.weights)  # type: ignore[arg-type]
-        try:
+        with always_restore(perturbation.restore):
             size = torch.tensor(scale, dtype=torch.float64, device=self._device)
             perturbation.apply(list(direction), size, keep_direction=True)
             yield
-        finally:
-            perturbation.restore()
 
     def random_vector(self, generator: torch.Generator) -> list[Tensor]:
-        """Standard normal numbers in the shapes of the weights; the same on every device."""
-        return [
-            torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device)
-            for w in self.weights
-        ]
+        """Standard normal tensors in the shapes of the weights, drawn by a CPU generator."""
+        drawn = (torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in self.weights)
+        return [x.to(w.device) for x, w in zip(drawn, self.weights, strict=True)]
 
-    def subset(self, positions: Sequence[int]) -> Objective:
-        """The loss over some of the batches.
-
-        Raises:
-            ValueError: other processes have batches too.
-        """
-        if self.is_shared:
-            raise ValueError("a part of the batches cannot be taken with several processes")
-        part = object.__new__(Objective)
-        part.__dict__.update(self.__dict__)
-        part.batches = [self.batches[i] for i in positions]
-        part.batch_sizes = [self.batch_sizes[i] for i in positions]
-        part.example_count = sum(part.batch_sizes)
-        part.usual_size = mode(part.batch_sizes)
-        part.usual_batches = part.batch_sizes.count(part.usual_size)
+    def subset(self, positions: Sequence[int]) -> Self:
+        """Objective over the batches at the given positions, in one process."""
+        if self.is_distributed:
+            raise ValueError("subset is not supported with several processes")
+        part = copy.copy(self)
+        part._set_batches([self.batches[i] for i in positions])
         return part
 
     def fingerprint(self) -> str:
-        """A hash of the weights, the buffers and the batches of all processes."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            add_to_hash(digest, tensor)
-        for batch in self.batches:
-            add_to_hash(digest, batch)
-        number = torch.tensor(int.from_bytes(digest.digest()[:6]), device=self._device)
-        sum_over_processes_([number])
-        return f"{int(number.item()):x}"
+        """Hash of the weights, the buffers and the batches of all processes, as hexadecimal."""
+        own = content_hash([self.model.state_dict(), self.batches])
+        return f"{int(processes.total(int(own[:12], 16), self._device)):x}"
 
-    # ------------------------------------------------------------------------------------- inside
+    def _evaluation(self) -> AbstractContextManager[None]:
+        return deterministic_evaluation(self.model, self._device)
 
-    def _shares(self) -> Iterator[tuple[float, Any]]:
+    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
+        """Yield each batch on the model's device, with its share of all examples."""
         for size, batch in zip(self.batch_sizes, self.batches, strict=True):
-            yield size / self.example_count, self._there(batch)
+            yield size / self.example_count, processes.to_device(batch, self._device)
 
-    def _there(self, batch: Any) -> Any:
-        return to_device(batch, self._device)
-
-    def _local_gradient(self) -> list[Tensor]:
-        total = [torch.zeros_like(w) for w in self.weights]
-        for share, batch in self._shares():
-            loss = self._loss(self.model, batch)
-            torch._foreach_add_(total, self._derivative(loss, self.weights), alpha=share)
-        return total
-
-    @staticmethod
-    def _derivative(output: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        if not output.requires_grad:  # it depends on none of them
-            return [torch.zeros_like(w) for w in weights]
-        grads = torch.autograd.grad(output, weights, materialize_grads=True)
+    def _derivative(self, output: Tensor) -> list[Tensor]:
+        """Gradient of a scalar with respect to the weights, as dense tensors."""
+        if not output.requires_grad:  # it depends on none of the weights
+            return [torch.zeros_like(w) for w in self.weights]
+        grads = torch.autograd.grad(output, self.weights, materialize_grads=True)
         return [g.to_dense() if g.is_sparse else g for g in grads]
 
-    def _random_state(self) -> RandomState:
-        return RandomState([self._device] if self._device.type != "cpu" else [])
 
-    @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        # Also of modules that count, or keep something, while they are evaluated.
-        buffers = [
-            (module, name, buffer, buffer.clone())
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        random_state = self._random_state()
-        # Accelerate shadows `forward` with one that opens autocast.
-        own = self.model.__dict__
-        shadow = own.get("forward") if "_original_forward" in own else None
-        try:
-            if shadow is not None:
-                own["forward"] = own["_original_forward"]
-            self.model.eval()
-            with (
-                full_precision(self.model, self._device),
-                torch.autocast(self._device.type, enabled=False),
-                torch.enable_grad(),
-            ):
-                yield
-        finally:
-            if shadow is not None:
-                own["forward"] = shadow
-            for module, was_training in modes:
-                module.training = was_training
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    buffer.copy_(value)
-                    module._buffers[name] = buffer
-            random_state.restore()
+def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
+    """Loss that the model itself computes: output "loss", or the first output."""
+    remedy = "pass loss=, a function of the model and the batch"
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"a batch of type {type(batch).__name__} is not a mapping: {remedy}")
+    output = model(**batch)
+    loss: Any = output[0] if isinstance(output, tuple) else output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise ValueError(
+            f"{type(model).__name__} returned no scalar loss for a batch with the keys "
+            f"{sorted(batch)}: add labels to the batch, or {remedy}"
+        )
+    return loss
+
+
+def content_hash(value: Any) -> str:
+    """Hash of all tensors and plain values of a nested container, as hexadecimal."""
+    digest: Any = hashlib.sha256()
+    if isinstance(value, Tensor):
+        digest.update(str((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, Mapping):
+        digest.update(content_hash([(str(key), value[key]) for key in sorted(value)]).encode())
+    elif isinstance(value, (list, tuple)):
+        digest.update(" ".join(map(content_hash, value)).encode())
+    else:
+        digest.update(repr(value).encode())
+    return str(digest.hexdigest())

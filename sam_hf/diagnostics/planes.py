@@ -1,8 +1,5 @@
-"""Directions in the space of the weights: random ones, the sharpest ones, and to another model."""
+"""Directions in weight space: random, Hessian eigenvectors, and from one model to another."""
 
-from __future__ import annotations
-
-import hashlib
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
+from transformers.pytorch_utils import Conv1D
 
-from ..backends.processes import unwrap
-from .batches import add_to_hash
+from ..distributed.processes import unwrap
 from .hessian import top_eigenpairs
-from .objective import Objective
-from .vectors import norm
+from .numerics import norm
+from .objective import Objective, content_hash
 
 
 @dataclass(frozen=True)
 class Plane:
-    """One or two directions in the space of the weights, and how far to go along them.
+    """One or two directions in weight space along which a loss landscape is scanned.
 
     Args:
-        directions: each has one tensor for each of the objective's `names`.
-        labels: what stands at the axes.
-        buffers: changes of the model's buffers from 0 to 1 on the first direction, by name.
-        facts: what else is known of the directions, for the file.
+        directions: each with one tensor for each of the objective's `names`.
+        labels: axis labels, one for each direction.
+        buffers: changes of floating-point buffers from coordinate 0 to 1 of the first direction,
+            by buffer name.
+        facts: metadata of the directions, stored in the landscape's file.
     """
 
     directions: list[list[Tensor]]
@@ -36,34 +34,33 @@ class Plane:
 
 
 def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) -> Plane:
-    r"""Gaussian directions, each filter as long as the weights' own.
+    r"""Random Gaussian directions with filter normalisation.
 
     .. math:: d_{i} \leftarrow d_{i} \, \|w_{i}\| / \|d_{i}\|
 
-    for each filter i: what a matrix or a convolution makes one output of, a row of an embedding.
-    Tensors with fewer than two dimensions (biases, norms) stay. Li, Xu, Taylor, Studer, Goldstein,
-    "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, https://arxiv.org/abs/1712.09913,
-    section 4.
-
-    Since a network's function often does not change when its filters are rescaled, only so are
-    pictures of two networks comparable. One unit is as far as the weights are long.
+    for each filter i: the weights of one output of a matrix or a convolution, or a row of an
+    embedding (Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018,
+    https://arxiv.org/abs/1712.09913, section 4). Tensors with fewer than two dimensions (biases,
+    norms) are not moved. Coordinate 1 is a perturbation as long as the weights.
 
     Args:
+        objective: the loss.
         dimensions: 1 or 2.
-        seed: the same one gives two models of one architecture the same directions, up to the
-            lengths of their filters.
+        seed: seed of the directions before the normalisation.
 
     Raises:
-        ValueError: `dimensions` is neither, or no weight of the objective has filters.
+        ValueError: `dimensions` is not 1 or 2, or no weight of the objective has two dimensions.
     """
     _check_dimensions(dimensions)
     if all(w.ndim < 2 for w in objective.weights):
         raise ValueError(
-            f"params={objective.params!r} selects no weight of two dimensions or more, and random "
-            "directions move those alone. Allowed: eigenvectors, or other params"
+            f"params={objective.params!r} selects no weight with two or more dimensions, and no "
+            "other is moved by random directions. Allowed: eigenvectors, or other params"
         )
     generator = torch.Generator().manual_seed(seed)
-    outputs = _output_dimensions(objective.model)
+    # Weights whose filters lie along dimension 1; elsewhere they lie along dimension 0.
+    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, Conv1D)
+    swapped = {id(m.weight) for m in objective.model.modules() if isinstance(m, transposed)}
     directions = []
     for _ in range(dimensions):
         direction = objective.random_vector(generator)
@@ -71,9 +68,9 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
             if d.ndim < 2:
                 d.zero_()
                 continue
-            others = [i for i in range(d.ndim) if i != outputs.get(id(w), 0)]
-            own, drawn = (vector_norm(x, dim=others, keepdim=True) for x in (w.detach(), d))
-            d.mul_(own / drawn.clamp_min(1e-30))
+            others = [i for i in range(d.ndim) if i != int(id(w) in swapped)]
+            target, actual = (vector_norm(x, dim=others, keepdim=True) for x in (w.detach(), d))
+            d.mul_(target / actual.clamp_min(1e-30))
         directions.append(direction)
     labels = ["random direction, filter-normalised", "another random direction"][:dimensions]
     return Plane(directions, labels, facts={"directions": "random", "seed": seed})
@@ -84,41 +81,40 @@ def _check_dimensions(dimensions: int) -> None:
         raise ValueError(f"dimensions={dimensions!r} is not allowed. Allowed: 1 and 2")
 
 
-def _output_dimensions(model: nn.Module) -> dict[int, int]:
-    """The dimension that counts the filters, where it is not the first one, by the weight's id."""
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return {
-        id(module.weight): 1
-        for module in model.modules()
-        if isinstance(module, transposed) or type(module).__name__ == "Conv1D"  # of GPT-2
-    }
-
-
 def eigenvector_plane(
     objective: Objective, dimensions: int = 2, *, iterations: int = 40, seed: int = 0
 ) -> Plane:
-    """The eigenvectors of the Hessian's largest eigenvalues, of length 1: the sharpest directions.
+    """Unit eigenvectors of the largest eigenvalues of the Hessian: the sharpest directions.
 
-    One unit is a Euclidean distance of 1 in the space of the weights. Of v and -v, both of which
-    are eigenvectors, it is the one whose largest component is positive.
+    Coordinate 1 is a Euclidean distance of 1 in weight space. The sign of each eigenvector is such
+    that its largest component is positive.
+
+    Args:
+        objective: the loss.
+        dimensions: 1 or 2.
+        iterations: maximum number of Lanczos iterations, see `top_eigenpairs`.
+        seed: seed of the Lanczos start vector.
+
+    Raises:
+        ValueError: `dimensions` is not 1 or 2, or the Hessian has fewer distinct eigenvalues.
     """
     _check_dimensions(dimensions)
     pairs = top_eigenpairs(objective, dimensions, iterations=iterations, seed=seed)
     if len(pairs.values) < dimensions:
         raise ValueError(
-            f"dimensions={dimensions} is not allowed: the Hessian has {len(pairs.values)} "
-            "different eigenvalues. Allowed: no more"
+            f"dimensions={dimensions} is not allowed: the Hessian has {len(pairs.values)} distinct "
+            "eigenvalues. Allowed: at most as many dimensions"
         )
     for value, residual in zip(pairs.values, pairs.residuals, strict=True):
         if residual > 0.1 * abs(value):
             warnings.warn(
-                f"the eigenvalue {value:.3g} is known to ±{residual:.2g}, and its vector less "
-                f"well: iterations={iterations} are too few",
+                f"the eigenvalue {value:.3g} has converged only to ±{residual:.2g}, and its "
+                f"eigenvector less: iterations={iterations} are too few",
                 stacklevel=2,
             )
     for vector in pairs.vectors:
-        parts = torch.stack([v.flatten()[v.abs().argmax()] for v in vector])
-        torch._foreach_mul_(vector, float(parts[parts.abs().argmax()].sign()))
+        extremes = torch.stack([v.flatten()[v.abs().argmax()] for v in vector])
+        torch._foreach_mul_(vector, float(extremes[extremes.abs().argmax()].sign()))
     labels = [f"eigenvector of λ = {value:.3g}" for value in pairs.values]
     facts = {"directions": "eigenvectors", "seed": seed, "iterations": iterations}
     facts |= {"eigenvalues": pairs.values, "residuals": pairs.residuals}
@@ -126,53 +122,52 @@ def eigenvector_plane(
 
 
 def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
-    """The line from a model (at 0) to another one of the same architecture (at 1).
+    """The line from the objective's model (coordinate 0) to another model (coordinate 1).
 
-    Buffers with fractions, such as running statistics, move along with the weights from 0 to 1 and
-    stay beyond, where variances would become negative. Those of BatchNorm are not those of the
-    weights in between: there the loss is higher than it need be.
+    Linear interpolation (Goodfellow, Vinyals, Saxe, ICLR 2015, https://arxiv.org/abs/1412.6544).
+    Floating-point buffers, such as running statistics, are interpolated between 0 and 1 and kept
+    constant outside, where variances could become negative. Interpolated BatchNorm statistics are
+    not those of the interpolated weights: the loss between the models is overestimated.
+
+    Args:
+        objective: the loss, with the first model.
+        other: the second model, of the same architecture.
 
     Raises:
-        ValueError: the other model has weights of other shapes, or differs in weights that the
-            objective does not move.
+        ValueError: the models differ in the shapes of their weights, or in weights that are frozen
+            or not selected by `params`.
     """
-    theirs = unwrap(other).state_dict()
-    ours = objective.model.state_dict()
-    shapes = {name: tuple(x.shape) for name, x in ours.items()}
-    if shapes != {name: tuple(x.shape) for name, x in theirs.items()}:
-        differing = sorted(
-            {n for n in {*ours, *theirs} if n not in theirs or n not in ours}
-            | {n for n in ours if n in theirs and shapes[n] != tuple(theirs[n].shape)}
-        )
+    ours, theirs = objective.model.state_dict(), unwrap(other).state_dict()
+    shapes, their_shapes = ({(n, x.shape) for n, x in s.items()} for s in (ours, theirs))
+    if differing := sorted({name for name, _ in shapes ^ their_shapes}):
         raise ValueError(
-            f"no line joins {type(objective.model).__name__} and {type(other).__name__}: they "
-            f"differ in {', '.join(differing[:3])}. Allowed: two checkpoints of one architecture"
+            f"{type(objective.model).__name__} and {type(other).__name__} cannot be interpolated: "
+            f"they differ in {', '.join(differing[:3])}. Allowed: models of one architecture"
         )
     theirs = {name: x.to(ours[name].device) for name, x in theirs.items()}
-    own_names = {id(p): name for name, p in objective.model.named_parameters()}
-    moved_names = {own_names[id(w)] for w in objective.weights}
+    moved = {id(w) for w in objective.weights}
+    ends: dict[int, tuple[str, Tensor]] = {}  # first name of each weight, and its value at 1
     for name, parameter in objective.model.named_parameters(remove_duplicate=False):
-        shared = own_names[id(parameter)]  # where the weight is tied, the first of its names
-        if shared not in moved_names and not torch.equal(parameter, theirs[name]):
-            raise ValueError(
-                f"the line would not end at the second model: {name} differs, and "
-                f"params={objective.params!r} leaves it where it is. Allowed: 'all', with no "
-                "frozen weights that differ"
+        end = theirs[name] if id(parameter) in moved else parameter
+        first, end = ends.setdefault(id(parameter), (name, end))
+        if not torch.equal(end, theirs[name]):
+            problem = (
+                f"{name} differs, but it is frozen or not selected by params={objective.params!r}. "
+                "Allowed: 'all', with equal frozen weights"
             )
-        if name != shared and not torch.equal(theirs[name], theirs[shared]):
-            raise ValueError(
-                f"the line would not end at the second model: {name} is tied to {shared} in the "
-                "first one, and differs from it in the second. Allowed: begin at the second"
-            )
-    digest = hashlib.sha256()
-    add_to_hash(digest, theirs)
+            if name != first:
+                problem = (
+                    f"{name} is tied to {first} in the first model, but not in the second. "
+                    "Allowed: swap the two models"
+                )
+            raise ValueError(f"the line would not end at the second model: {problem}")
     with torch.no_grad():
-        direction = [theirs[own_names[id(w)]].to(w.dtype) - w for w in objective.weights]
-        moved = {
+        direction = [ends[id(w)][1].to(w.dtype) - w for w in objective.weights]
+        buffers = {
             name: theirs[name].to(x.dtype) - x
             for name, x in objective.model.named_buffers()
             if name in theirs and x.is_floating_point() and not torch.equal(x, theirs[name])
         }
     facts = {"directions": "between two models", "distance": norm(direction)}
-    facts["second_model"] = digest.hexdigest()[:16]
-    return Plane([direction], ["from the first model (0) to the second (1)"], moved, facts)
+    facts["second_model"] = content_hash(theirs)[:16]
+    return Plane([direction], ["from the first model (0) to the second (1)"], buffers, facts)

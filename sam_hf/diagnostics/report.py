@@ -1,38 +1,37 @@
-"""All measures of one model in one call."""
-
-from __future__ import annotations
+"""All sharpness measures of one model in one call."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .estimates import check_count
 from .gradients import gradient_noise, perturbation_budget
 from .hessian import hessian_trace, top_eigenpairs
+from .numerics import check_count
 from .objective import Objective
-from .sharpness import Ball, average_sharpness, groups_of, worst_sharpness
+from .sharpness import Ball, average_sharpness, split_into_groups, worst_sharpness
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure; a measure whose number is 0 is left out.
+    """Selection and settings of the measures that `measure` computes.
 
     Args:
-        rho, eta: of the balls (`Ball`).
+        rho: radius of SAM's ball.
         adaptive: measure in ASAM's ball too.
-        adaptive_rho: its radius.
-        m: the groups of `worst_sharpness`.
-        steps: of its ascent.
-        samples: of `average_sharpness`.
-        eigenvalues: how many of the largest.
-        iterations: of the Lanczos method, at most.
-        trace_samples: of `hessian_trace`.
-        seed: of all that is drawn.
-        noise: measure the noise of the gradients, if two batches or more are of the usual size.
-        budget: say which weights the perturbation is spent on.
+        adaptive_rho: radius of ASAM's ball.
+        eta: η of ASAM's ball.
+        m: group size of `worst_sharpness` (m-sharpness); None: all examples.
+        steps: ascent steps of `worst_sharpness`; 0 disables it.
+        samples: pairs of samples of `average_sharpness`, at least 2; 0 disables it.
+        eigenvalues: number of largest Hessian eigenvalues; 0 disables them.
+        iterations: maximum number of Lanczos iterations for the eigenvalues.
+        trace_samples: samples of `hessian_trace`, at least 2; 0 disables it.
+        noise: measure `gradient_noise`, if two or more batches have the most common size.
+        budget: measure `perturbation_budget`.
+        seed: seed of all random vectors.
 
     Raises:
-        ValueError: a number is not allowed.
+        ValueError: a value is not allowed.
     """
 
     rho: float = 0.05
@@ -61,7 +60,7 @@ class Plan:
             check_count("m", self.m, 1)
 
     def balls(self) -> dict[str, Ball]:
-        """SAM's ball, and ASAM's if asked for, by the prefix of what is measured in it."""
+        """Selected balls, keyed by the prefix of the measures taken in them."""
         balls = {"": Ball(self.rho)}
         if self.adaptive:
             balls["adaptive_"] = Ball(self.adaptive_rho, adaptive=True, eta=self.eta)
@@ -69,22 +68,30 @@ class Plan:
 
 
 def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:
-    """Every measure that the plan asks for, by name; `NAME_error` is its standard error.
+    """Compute the sharpness measures that a plan selects.
+
+    Args:
+        objective: the loss.
+        plan: selection and settings; by default all measures.
+
+    Returns:
+        Values by name. Measures in ASAM's ball have the prefix "adaptive_", standard errors the
+        suffix "_error", and residuals of eigenvalues the suffix "_residual".
 
     Raises:
-        ValueError: the loss is not finite, or `m` does not fit the batches.
+        ValueError: the loss at the weights is not finite, or `plan.m` does not fit the batches.
     """
-    return {name: value for part in measures(objective, plan) for name, value in part.items()}
+    return {name: value for part in iter_measures(objective, plan) for name, value in part.items()}
 
 
-def measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[str, float]]:
-    """The same, one measure after the other, for those who show how far they are."""
+def iter_measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[str, float]]:
+    """Yield the results of `measure` one by one, as they are computed."""
     plan = plan or Plan()
     if plan.m is not None:
-        groups_of(objective, plan.m)  # what is refused is refused before anything is computed
+        split_into_groups(objective, plan.m)  # raises before any measure is computed
     loss = objective.value()
     if not math.isfinite(loss):
-        raise ValueError(f"the loss at the weights is {loss}: there is nothing to measure around")
+        raise ValueError(f"the loss at the weights is {loss}: sharpness is undefined")
     yield {"loss": loss}
     for prefix, ball in plan.balls().items():
         if plan.steps:
@@ -94,24 +101,21 @@ def measures(objective: Objective, plan: Plan | None = None) -> Iterator[dict[st
                 yield {f"{prefix}worst_sharpness_error": worst.error}
         if plan.samples:
             mean = average_sharpness(objective, ball, samples=plan.samples, seed=plan.seed)
-            yield {
-                f"{prefix}average_sharpness": mean.value,
-                f"{prefix}average_sharpness_error": mean.error,
-            }
+            name = f"{prefix}average_sharpness"
+            yield {name: mean.value, f"{name}_error": mean.error}
         if plan.budget:
             shares = perturbation_budget(objective, ball)
             yield {f"{prefix}share_{group}": share for group, share in shares.items()}
     if plan.eigenvalues:
-        pairs = top_eigenpairs(
-            objective, plan.eigenvalues, iterations=plan.iterations, seed=plan.seed
-        )
+        count, iterations = plan.eigenvalues, plan.iterations
+        pairs = top_eigenpairs(objective, count, iterations=iterations, seed=plan.seed)
         for number, (value, residual) in enumerate(zip(pairs.values, pairs.residuals, strict=True)):
             name = "hessian_eigenvalue" if number == 0 else f"hessian_eigenvalue_{number + 1}"
             yield {name: value, f"{name}_residual": residual}
     if plan.trace_samples:
         trace = hessian_trace(objective, samples=plan.trace_samples, seed=plan.seed)
         yield {"hessian_trace": trace.value, "hessian_trace_error": trace.error}
-    if plan.noise and objective.usual_batches > 1:
+    if plan.noise and objective.common_batch_count > 1:
         noise = gradient_noise(objective)
         yield {"gradient_noise": noise.noise, "gradient_noise_scale": noise.scale}
         yield {"squared_gradient_norm": noise.squared_norm}

@@ -1,6 +1,4 @@
-"""How much the loss rises within a ball around the weights: at worst, and on average."""
-
-from __future__ import annotations
+"""Worst-case and average-case sharpness: the rise of the loss in a ball around the weights."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .estimates import Estimate, check_count, mean_of
+from .numerics import Estimate, check_count, norm
 from .objective import Objective
-from .vectors import dot
 
 
 @dataclass(frozen=True)
 class Ball:
-    r"""The perturbations e with :math:`\|T^{-1} e\|_2 \le \rho`.
+    r"""The set of perturbations e with :math:`\|T^{-1} e\|_2 \le \rho`.
 
     Args:
-        rho: the radius, above 0.
-        adaptive: T = 1 (the ball of SAM) if False; T = |w| + eta element by element (that of ASAM,
-            https://arxiv.org/abs/2102.11600, with its scope "all") if True.
-        eta: keeps weights at 0 movable.
+        rho: the radius ρ > 0.
+        adaptive: False: T = 1, the ball of SAM (Foret et al. 2021,
+            https://arxiv.org/abs/2010.01412, eq. 1). True: T = |w| + eta elementwise, the ball of
+            ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.11600, section 3) with
+            `sam_adaptive_scope="all"`.
+        eta: η >= 0, added to |w| so that weights equal to 0 are perturbed too.
 
     Raises:
         ValueError: rho or eta is not allowed.
@@ -34,58 +33,57 @@ class Ball:
 
     def __post_init__(self) -> None:
         if not (self.rho > 0 and math.isfinite(self.rho)):
-            raise ValueError(f"rho={self.rho!r} is not allowed. Allowed: a finite number above 0.")
+            raise ValueError(f"rho={self.rho!r} is not allowed. Allowed: a finite number > 0.")
         if not (self.eta >= 0 and math.isfinite(self.eta)):
-            raise ValueError(f"eta={self.eta!r} is not allowed. Allowed: a finite number from 0.")
+            raise ValueError(f"eta={self.eta!r} is not allowed. Allowed: a finite number >= 0.")
 
-    def scales(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """T, for each weight tensor; None if it is 1."""
+    def scale(self, vector: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+        """T times a vector; for T = 1 the vector itself."""
         if not self.adaptive:
-            return None
+            return vector
         with torch.no_grad():
-            return list(torch._foreach_add(torch._foreach_abs(list(weights)), self.eta))
+            diagonal = torch._foreach_add(torch._foreach_abs(list(weights)), self.eta)
+            return list(torch._foreach_mul(vector, diagonal))
 
 
 def average_sharpness(
     objective: Objective, ball: Ball | None = None, *, samples: int = 20, seed: int = 0
 ) -> Estimate:
-    r"""The mean rise of the loss over the surface of the ball.
+    r"""Average-case sharpness: the mean rise of the loss over the surface of a ball.
 
     .. math:: E_z[L(w + \rho \, T z / \|z\|_2)] - L(w), \qquad z \sim N(0, 1)
 
-    For a quadratic with Hessian H it is :math:`\rho^2 \operatorname{tr}(T H T) / 2n` with n
-    parameters. Each z is drawn with -z, so that the gradient, which has no part in the mean, has
-    none in the noise either. The average-case sharpness of Andriushchenko et al., "A Modern Look at
-    the Relationship between Sharpness and Generalization", ICML 2023,
-    https://arxiv.org/abs/2302.07011, section 3, but on a sphere: their Gaussian has
-    :math:`\|T^{-1} e\| \approx \rho \sqrt n`.
+    Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and Generalization",
+    ICML 2023, https://arxiv.org/abs/2302.07011, section 3, with z normalised to the sphere. For a
+    quadratic with Hessian H and n weights it is :math:`\rho^2 \operatorname{tr}(T H T) / 2n`.
+
+    Each z is used with both signs, so that the first-order term cancels. With millions of weights
+    and ρ < 1, the rise can be below the float32 rounding error of the loss (relative 1e-7).
 
     Args:
-        samples: how many pairs of z and -z, 2 or more.
-
-    The same ρ reaches less far in more dimensions: for models with millions of weights, a ρ below
-    1 gives a mean that the rounding of the loss in float32 (1e-7 of it) hides.
+        objective: the loss.
+        ball: its shape and radius; by default SAM's with ρ = 0.05.
+        samples: number of pairs (z, -z), at least 2. Cost: 2 `samples` + 1 forward passes.
+        seed: seed of z.
 
     Returns:
-        In units of the loss. Cost: 2 `samples` + 1 forward passes.
+        The mean rise, in units of the loss, with its standard error over the pairs.
     """
     check_count("samples", samples, 2)
     ball = ball or Ball()
-    scales = ball.scales(objective.weights)
     generator = torch.Generator().manual_seed(seed)
-    at_weights = objective.value()
+    loss = objective.value()
     rises = []
     for _ in range(samples):
         z = objective.random_vector(generator)
-        size = ball.rho / dot(z, z) ** 0.5
-        if scales is not None:
-            torch._foreach_mul_(z, scales)
-        total = 0.0
+        size = ball.rho / norm(z)
+        z = ball.scale(z, objective.weights)
+        mean = 0.0
         for sign in (1, -1):
-            with objective.moved(z, sign * size):
-                total += objective.value() / 2
-        rises.append(total - at_weights)
-    return mean_of(rises)
+            with objective.perturbed(z, sign * size):
+                mean += objective.value() / 2
+        rises.append(mean - loss)
+    return Estimate.from_samples(rises)
 
 
 def worst_sharpness(
@@ -96,91 +94,77 @@ def worst_sharpness(
     steps: int = 10,
     seed: int = 0,
 ) -> Estimate:
-    r"""The largest rise of the loss in the ball that projected gradient ascent finds.
+    r"""Worst-case sharpness: the largest rise of the loss in a ball, by projected gradient ascent.
 
     .. math:: \max_{\|T^{-1} e\|_2 \le \rho} L(w + e) - L(w)
 
-    The first step is SAM's (ASAM's) own perturbation. Each further one goes on by ρ along
-    :math:`T^2 \nabla L(w + e)`, normalised, and is projected back onto the ball; the highest loss
-    met counts, so that the result is a lower bound of the maximum, and never below 0. Where the
-    gradient at w is 0, the ascent begins in a random direction.
+    The first step is the perturbation of SAM or ASAM (see `Ball`). Each further step adds the
+    normalised :math:`T^2 \nabla L(w + e)` with length ρ and projects onto the ball. The highest
+    rise is a lower bound, never negative. At a zero gradient, the first direction is random.
 
     Args:
-        m: the maximum is taken for each group of m examples apart and averaged, as SAM does with
-            its batches (Foret et al. 2021, https://arxiv.org/abs/2010.01412, section 4.1). The
-            batches are put together to such groups: m must be a multiple of their size, and
-            examples that are left over do not count. All examples of all processes if None.
-        steps: of the ascent, 1 or more.
+        objective: the loss.
+        ball: its shape and radius; by default SAM's with ρ = 0.05.
+        m: m-sharpness (Foret et al. 2021, section 4.1): the mean of the maxima for groups of m
+            examples. Groups consist of whole (shuffled) batches: m must be a multiple of the batch
+            size; a remainder is left out. None: one maximum over all examples of all processes.
+        steps: number of ascent steps, at least 1. Cost, over all groups: `steps` forward-backward
+            and `steps` + 1 forward passes over the examples.
+        seed: seed of the random direction.
 
     Returns:
-        In units of the loss, with the standard error over the groups; infinite where a loss or a
-        gradient in the ball is. The groups are as random as the batches: data that are sorted by
-        class must be shuffled first. Cost, over all groups:
-        `steps` forward-backward passes and `steps` + 1 forward passes over the examples.
+        The rise, in units of the loss, with its standard error over the groups. Infinite if a loss
+        or a gradient in the ball is not finite.
     """
     check_count("steps", steps, 1)
     ball = ball or Ball()
-    groups = [objective] if m is None else groups_of(objective, m)
+    groups = [objective] if m is None else split_into_groups(objective, m)
     generator = torch.Generator().manual_seed(seed)
-    return mean_of([_worst(group, ball, steps, generator) for group in groups])
+    return Estimate.from_samples([_ascend(group, ball, steps, generator) for group in groups])
 
 
-def _worst(objective: Objective, ball: Ball, steps: int, generator: torch.Generator) -> float:
-    scales = ball.scales(objective.weights)
-    at_weights = objective.value()
+def _ascend(objective: Objective, ball: Ball, steps: int, generator: torch.Generator) -> float:
+    loss = objective.value()
     gradient = objective.gradient()
-    if dot(gradient, gradient) == 0:
+    if norm(gradient) == 0:
         gradient = objective.random_vector(generator)
-    # In the coordinates u = T⁻¹ e the ball is round: du = T ∇L.
+    # In the coordinates u = T⁻¹ e the ball is spherical, and the gradient is T ∇L.
     u = [torch.zeros_like(g) for g in gradient]
-    best = at_weights
+    highest = loss
     for step in range(steps):
-        if scales is not None:
-            torch._foreach_mul_(gradient, scales)
-        length = dot(gradient, gradient) ** 0.5
+        gradient = ball.scale(gradient, objective.weights)
+        length = norm(gradient)
         if not math.isfinite(length):
             return math.inf
         if length == 0:
             break
         torch._foreach_add_(u, gradient, alpha=ball.rho / length)
-        size = dot(u, u) ** 0.5
+        size = norm(u)
         if size > ball.rho:
             torch._foreach_mul_(u, ball.rho / size)
-        e = u if scales is None else list(torch._foreach_mul(u, scales))
-        with objective.moved(e):
-            value = objective.value()
-            if not math.isfinite(value):
+        with objective.perturbed(ball.scale(u, objective.weights)):
+            perturbed_loss = objective.value()
+            if not math.isfinite(perturbed_loss):
                 return math.inf
-            best = max(best, value)
+            highest = max(highest, perturbed_loss)
             if step < steps - 1:
                 gradient = objective.gradient()
-    return best - at_weights
+    return highest - loss
 
 
-def groups_of(objective: Objective, m: int) -> list[Objective]:
-    """Parts of the objective with m examples each, put together from its batches.
-
-    Raises:
-        ValueError: m is no multiple of the size of the batches, or more than all examples.
-    """
-    if objective.is_shared:
-        raise ValueError(
-            f"m={m} is not allowed with several processes, whose examples are one group. Allowed: "
-            "None, or one process"
-        )
-    sizes = objective.batch_sizes
+def split_into_groups(objective: Objective, m: int) -> list[Objective]:
+    """Split an objective into objectives over m examples each, made of whole batches."""
+    if objective.is_distributed:
+        raise ValueError(f"m={m} is not allowed with several processes. Allowed: None")
     check_count("m", m, 1)
-    size = sizes[0]
-    if m % size or any(other != size for other in sizes[:-1]):
+    sizes = objective.batch_sizes
+    size, per_group = sizes[0], m // sizes[0]
+    count = sizes.count(size)
+    if m % size or count < per_group or any(other != size for other in sizes[:-1]):
         raise ValueError(
-            f"m={m} is not allowed: it is no multiple of the {size} examples of a batch. Allowed: "
-            f"{size}, {2 * size}, ..., or batches of {m} examples"
+            f"m={m} is not allowed: it is not a multiple of the batch size {size} and at most "
+            f"{count * size} of the {objective.example_count} examples, or batch sizes differ. "
+            f"Allowed: {size}, {2 * size}, ..., or batches of {m} examples"
         )
-    per_group = m // size
-    whole = [i for i, other in enumerate(sizes) if other == size]
-    if len(whole) < per_group:
-        raise ValueError(
-            f"m={m} is not allowed: there are {objective.example_count} examples. Allowed: no more"
-        )
-    starts = range(0, len(whole) - per_group + 1, per_group)
-    return [objective.subset(whole[start : start + per_group]) for start in starts]
+    starts = range(0, count - per_group + 1, per_group)
+    return [objective.subset(range(start, start + per_group)) for start in starts]

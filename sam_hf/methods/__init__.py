@@ -1,15 +1,13 @@
-"""The methods, one file each. A new method is a new file and a row here."""
-
-from __future__ import annotations
+"""SAM and its variants, one file each. A new method is a new file and a row of `METHODS`."""
 
 from .asam import ASAM
-from .bar import BAR
 from .base import Dot, Method, State
-from .bilora import BiLoRA
 from .esam import ESAM
 from .friendly_sam import FriendlySAM
 from .gsam import GSAM
 from .looksam import LookSAM
+from .lora.bar import BAR
+from .lora.bilora import BiLoRA
 from .msam import MSAM
 from .sam import SAM
 from .vasso import VaSSO

@@ -1,196 +1,175 @@
-"""What a method is: how the gradient becomes a perturbation, and what the optimizer gets of it."""
+"""The interface of a method: from the gradient to the perturbation, and what the optimizer gets."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-Dot = Callable[[list[Tensor], list[Tensor]], Tensor]
-"""``dot(xs, ys)``: the inner product over all tensors (and all shards), a 0-dimensional tensor."""
+Names = Sequence[str]
+Tensors = list[Tensor]
+Floats = list[float]
+Named = Mapping[str, Tensor]
+
+Direction = tuple[Tensors, Tensor]
+"""A direction d, and its squared norm |d|*^2."""
+
+Dot = Callable[[Tensors, Tensors], Tensor]
+"""``dot(xs, ys)``: the inner product over all tensors and all shards, a 0-dimensional tensor."""
 
 State = dict[str, dict[str, Tensor]]
-"""What a method keeps from one update to the next: for each of its slots, a tensor for each
-parameter, by name. It is saved with every checkpoint, and cut as the weights are cut."""
+"""What a method keeps between updates: slot -> parameter name -> tensor. It is saved with every
+checkpoint, and sharded as the parameters are."""
+
+
+def option(default: Any, *, help: str, choices: Collection[str] = (), **limits: float) -> Any:
+    """Declare an option of one method, a key of ``SAMConfig.sam_method_args``.
+
+    Args:
+        default: its type is the option's type: bool, int, float or str.
+        help: one line for `--help`, the model card and error messages.
+        choices: the strings that are allowed.
+        limits: bounds of a number: ``low`` and ``high`` (closed), ``above`` and ``below`` (open).
+    """
+    return field(default=default, metadata={"help": help, "limits": limits, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Method:
-    """A perturbation e = ± ρ d / |d|*, and the gradient that the optimizer gets.
+    """A perturbation e = ± rho d / |d|*, and the gradient that the optimizer gets.
 
-    A method is a frozen dataclass. Its fields are its options: ``eta`` is filled from
-    ``SAMConfig.sam_eta``, and so on. It sees lists of tensors, one entry for each parameter that
-    has a gradient, and ``dot``. It never learns where the tensors live, and it must not read a
-    number from the device: the multiplication by ρ / |d|*, and the decision that a zero or
-    non-finite norm perturbs nothing, are made outside, once, for every method.
+    A method is a frozen dataclass. Fields declared with `option` are the keys that it takes in
+    ``sam_method_args``; others, such as ASAM's ``eta``, are filled from ``SAMConfig.sam_eta``.
 
-    A method must define `direction`, unless it says that it `perturbs` nothing. What else it
-    defines says what it needs:
+    A method sees lists of tensors, one entry for each parameter with a gradient, and ``dot``. It
+    does not know on which devices or processes the tensors are, and it must not read a value from
+    the device: the scaling by rho / |d|*, and the rule that a zero or non-finite norm perturbs
+    nothing, are applied by the engine, once for all methods.
 
-    * `combine`: g is kept during the descent pass (one more copy of the gradient);
-    * `should_perturb` and `reuse`: updates with one pass, between those with two;
-    * `before_step`, `after_step`: something to do with the weights beside the optimizer's step;
-    * `choose`: another part of the parameters for each update.
+    Every method that perturbs defines `direction`. The class attributes below declare which other
+    functions it has; a subclass sets them without an annotation.
     """
 
     citation: ClassVar[str]
-    """The paper, in BibTeX. Model cards show it."""
-
-    reports_shares: ClassVar[bool] = False
-    """Whether the logs show how |e|² is spent on norms, biases, embeddings and matrices."""
-
+    """BibTeX entry of the paper, shown in model cards."""
     perturbs: ClassVar[bool] = True
-    """Whether weights are moved for a pass. If not, an update has one pass, and the method acts
-    beside the optimizer's step alone."""
-
-    needs_adapters: ClassVar[bool] = False
-    """Whether the model must have LoRA adapters."""
-
-    needs_auxiliary: ClassVar[bool] = False
-    """Whether a second pair of LoRA factors, named `factors.AUXILIARY`, is there in every training
-    pass."""
-
+    """Weights are moved to w + e for a pass. Otherwise an update has one pass, at w, and the method
+    acts at the optimizer step alone."""
+    combines: ClassVar[bool] = False
+    """`combine` needs g next to g_s: g is kept in the descent pass (one copy of the gradient)."""
+    reuses: ClassVar[bool] = False
+    """Some updates have one pass (`should_perturb`), whose gradient is changed by `reuse`."""
+    chooses: ClassVar[bool] = False
+    """`choose` selects other parameters in each update."""
+    acts_on_step: ClassVar[bool] = False
+    """`before_step` or `after_step` is called at the optimizer step."""
     along_momentum: ClassVar[bool] = False
-    """Whether e lies against the optimizer's momentum, which `direction` is given instead of g:
-    then an update has one pass, at w + e, and e = - ρ d / |d|*."""
-
+    """e = - rho d / |d|* with d made of the optimizer's momentum, which `direction` gets instead
+    of g. An update has one pass, at w + e."""
+    keeps_direction: ClassVar[bool] = False
+    """The tensors that `direction` returns are needed later and must not be overwritten."""
     has_state: ClassVar[bool] = False
-    """Whether the method keeps something from one update to the next."""
-
+    """The method keeps a `State` between updates."""
     remembers_gradients: ClassVar[bool] = False
-    """Whether the state is made of g itself. Then g comes in fp32, and without the loss scale of
-    fp16, which changes from one update to the next."""
+    """The state is made of g: g is given in fp32 and without the changing loss scale of fp16."""
+    reports_shares: ClassVar[bool] = False
+    """The logs show the shares of |e|^2 on norms, biases, embeddings and matrices."""
+    needs_adapters: ClassVar[bool] = False
+    """The model must have LoRA adapters."""
+    needs_auxiliary: ClassVar[bool] = False
+    """A second pair of LoRA factors (`lora.factors.AUXILIARY`) is active in every training pass."""
+
+    @property
+    def has_one_pass(self) -> bool:
+        """Whether every update has one forward-backward pass."""
+        return self.along_momentum or not self.perturbs
+
+    @property
+    def interval(self) -> int:
+        """Distance in updates between two that the method perturbs by its own rule."""
+        return 1
 
     def should_perturb(self, update: int, state: State) -> bool:
-        """Whether the update number ``update`` (from 0) has a descent pass; else it is `reuse`."""
+        """Whether update ``update`` (from 0) has a descent pass; if not, `reuse` is called."""
         return True
 
-    def choose(self, names: Sequence[str], update: int, seed: int) -> Sequence[str]:
-        """The parameters that are perturbed in this update, the same on every process.
+    def choose(self, names: Names, update: int, seed: int) -> Names:
+        """Names of the parameters to perturb in this update; the same on every process.
 
         Args:
-            names: those that may be.
-            update: its number, from 0.
-            seed: that of the run.
+            names: the parameters that may be perturbed.
+            update: number of the update, from 0.
+            seed: seed of the training run.
         """
         return names
 
     def direction(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        dot: Dot,
-        state: State,
-    ) -> tuple[list[Tensor], Tensor]:
-        """The direction d of the perturbation and its squared norm |d|*².
+        self, names: Names, weights: Tensors, grads: Tensors, dot: Dot, state: State
+    ) -> Direction:
+        """Direction d of the perturbation and its squared norm |d|*^2.
 
         Args:
-            names: the perturbed parameters' names in the model.
+            names: names of the perturbed parameters.
             weights: w, one tensor for each name. Read only.
-            grads: g, shaped like ``weights``. May be overwritten: they are dropped afterwards,
-                so that a direction can be made in their memory. Of a method `along_momentum` the
-                optimizer's momentum, read only.
+            grads: g, shaped like ``weights``. May be overwritten, so that d can be written in its
+                memory. For a method `along_momentum`: the optimizer's momentum, read only.
             dot: the inner product.
-            state: what the method keeps. To be updated.
+            state: the method's state, to be updated.
 
         Returns:
-            d, shaped like ``weights`` (its scale does not matter), and |d|*² as ``dot`` returns it.
-            d is overwritten, unless `keeps_direction`.
+            d, shaped like ``weights`` (its scale does not matter), and |d|*^2, a 0-dimensional
+            tensor. d is overwritten unless the method `keeps_direction`.
         """
         raise NotImplementedError
 
+    def ascent_gradient(
+        self, names: Names, weights: Tensors, perturbation: Tensors
+    ) -> Tensors | None:
+        """g up to a positive factor, recovered from w and e; None where that is impossible.
+
+        With it cos(g, g_s) is measured without keeping g. ``perturbation`` may be overwritten.
+        """
+        return None
+
     def combine(
-        self,
-        names: Sequence[str],
-        grads: list[Tensor],
-        descent_grads: list[Tensor],
-        dot: Dot,
-        state: State,
-    ) -> list[Tensor] | None:
-        """Make of g and g_s what the optimizer gets, in the memory of ``descent_grads``.
+        self, names: Names, grads: Tensors, descent_grads: Tensors, dot: Dot, state: State
+    ) -> Tensors | None:
+        """Write what the optimizer gets, made of g and g_s, into ``descent_grads``.
 
         Args:
             names: the trained parameters that have both gradients, perturbed or not.
             grads: g. May be overwritten.
             descent_grads: g_s; overwritten by the result.
             dot: the inner product.
-            state: what the method keeps. To be updated.
+            state: the method's state, to be updated.
 
         Returns:
-            What `after_step` needs, in units of the gradients, one tensor for each name; or None.
+            Tensors that `after_step` needs, in units of the gradient, one for each name; or None.
         """
         return None
 
-    def reuse(self, names: Sequence[str], grads: list[Tensor], dot: Dot, state: State) -> None:
-        """Make of g what the optimizer gets in an update without a descent pass, in its memory."""
+    def reuse(self, names: Names, grads: Tensors, dot: Dot, state: State) -> None:
+        """Overwrite g by what the optimizer gets in an update without a descent pass."""
 
     def before_step(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        learning_rates: list[float],
-        rho: float,
+        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: float
     ) -> None:
-        """Change weights or gradients before the optimizer steps (never where it is skipped).
+        """Change weights or gradients before the optimizer step; not called for a skipped step.
 
         Args:
             names, weights, grads: of the trained parameters that have a gradient.
             learning_rates: one for each of them.
-            rho: that of the update.
+            rho: of this update.
         """
 
     def after_step(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        pending: Mapping[str, Tensor],
-        learning_rates: list[float],
-        rho: float,
+        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
     ) -> None:
-        """Change the weights after the optimizer has stepped (never where a step was skipped).
+        """Change the weights after the optimizer step; not called for a skipped step.
 
         Args:
             names, weights: of the trained parameters.
             pending: what `combine` returned, by name, without the loss scale of fp16.
             learning_rates: one for each of them.
-            rho: that of the update.
+            rho: of this update.
         """
-
-    def ascent_gradient(
-        self, names: Sequence[str], weights: list[Tensor], perturbation: list[Tensor]
-    ) -> list[Tensor] | None:
-        """g up to a positive factor, from w and e: ``direction`` undone. None where it cannot be.
-
-        It lets cos(g, g_s) be measured without keeping g in memory during the descent pass.
-        ``perturbation`` may be overwritten.
-        """
-        return None
-
-    @classmethod
-    def keeps_gradient(cls) -> bool:
-        """Whether `combine` needs g beside g_s."""
-        return cls.combine is not Method.combine
-
-    @classmethod
-    def keeps_direction(cls) -> bool:
-        """Whether d is needed after the perturbation, and must not be overwritten."""
-        return cls.along_momentum or cls.keeps_gradient()
-
-    @classmethod
-    def has_plain_updates(cls) -> bool:
-        """Whether there are updates without a descent pass."""
-        return cls.should_perturb is not Method.should_perturb
-
-    @classmethod
-    def has_one_pass(cls) -> bool:
-        """Whether every update has one pass alone."""
-        return cls.along_momentum or not cls.perturbs
-
-    @classmethod
-    def steps_too(cls) -> bool:
-        """Whether the method does something beside the optimizer's step."""
-        return cls.before_step is not Method.before_step or cls.after_step is not Method.after_step

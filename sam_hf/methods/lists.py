@@ -1,16 +1,24 @@
-"""Arithmetic on lists of tensors, on one or several devices, without waiting for any of them."""
+"""Arithmetic on lists of tensors, on one or several devices, without a host synchronization.
 
-from __future__ import annotations
+Every function costs a number of kernel launches that does not depend on the number of tensors,
+beyond what multi-tensor operations need.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+# With these options a step of SGD is `targets += sources`.
+_ADD: dict[str, Any] = dict.fromkeys(("weight_decay", "momentum", "dampening"), 0.0)
+_ADD |= {"lr": 1.0, "nesterov": False, "maximize": True, "is_first_step": False}
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of the tensors of each device."""
+    """Positions of the tensors, grouped by device."""
     positions: dict[torch.device, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         positions[tensor.device].append(i)
@@ -18,25 +26,25 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def reading_is_free(number: Tensor) -> bool:
-    """Whether a number can be read without waiting for a device to compute it."""
+    """Whether the number can be read without waiting for a device."""
     return number.device.type == "cpu"
 
 
 def is_usable(squared_norm: Tensor) -> Tensor:
-    """Whether something can be divided by the norm: it is neither 0 nor infinite nor NaN."""
+    """Flag: the norm is neither 0 nor infinite nor NaN, so that something can be divided by it."""
     return torch.isfinite(squared_norm) & (squared_norm > 0)
 
 
 def quotient(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, or 0 where that is no finite number."""
+    """a / b, or 0 where that is not finite."""
     ratio = a / b
     return torch.where(torch.isfinite(ratio), ratio, 0)
 
 
 def mark_started(state: dict[str, dict[str, Tensor]], slot: str, usable: Tensor) -> Tensor:
-    """Whether a moving average holds a gradient yet, before this one; from now on if it is usable.
+    """Whether a moving average already holds a gradient; from now on it does if this one is usable.
 
-    Kept on the device: fp16 overflows in its first updates, and then the first does not count.
+    The flag stays on the device: the first updates of an fp16 run may overflow and do not count.
     """
     flag = state.setdefault(slot, {})
     started = flag.get("", torch.zeros_like(usable))
@@ -45,32 +53,47 @@ def mark_started(state: dict[str, dict[str, Tensor]], slot: str, usable: Tensor)
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply all tensors by a number that lies on a device."""
+    """Multiply all tensors by a 0-dimensional one, in place."""
     for members in by_device(tensors):
-        mine = [tensors[i] for i in members]
-        torch._foreach_mul_(mine, factor.to(mine[0].device, mine[0].dtype, non_blocking=True))
+        some = [tensors[i] for i in members]
+        torch._foreach_mul_(some, factor.to(some[0].device, some[0].dtype, non_blocking=True))
 
 
-def blank_(tensors: Sequence[Tensor], where: Tensor) -> None:
-    """Set all tensors to 0 where the flag `where` is set, whatever they hold.
+def add_where_(targets: Sequence[Tensor], sources: Sequence[Tensor], where: Tensor) -> None:
+    """targets += sources where the flag is set; else targets are untouched, even by inf or NaN.
 
-    0 · inf is NaN, and no multi-tensor operation turns NaN into 0: on a device that must not be
-    waited for, they are masked one by one.
+    0 * inf is NaN, so that a product with the flag cannot do this. The multi-tensor kernel of SGD
+    can: it reads a flag on the device (that of fp16's gradient scaler) that skips the step.
     """
-    if reading_is_free(where):
-        if where.item():
+    for members in by_device(targets):
+        some, added = [targets[i] for i in members], [sources[i] for i in members]
+        there = where.to(some[0].device, non_blocking=True)
+        if reading_is_free(there):
+            if there.item():
+                torch._foreach_add_(some, added)
+        elif _has_fused_kernel(some, added):
+            torch._fused_sgd_(some, added, [], found_inf=(~there).float(), **_ADD)
+        else:
+            for target, source in zip(some, added, strict=True):
+                target.add_(torch.where(there, source, 0))
+
+
+def zero_unless(tensors: Sequence[Tensor], flag: Tensor) -> list[Tensor]:
+    """The tensors where the flag is set, else zeros, whatever they hold. May reuse their memory."""
+    if reading_is_free(flag):
+        if not flag.item():
             torch._foreach_zero_(list(tensors))
-        return
-    for tensor in tensors:
-        tensor.masked_fill_(where.to(tensor.device, non_blocking=True), 0)
+        return list(tensors)
+    result = list(torch._foreach_mul(list(tensors), 0))
+    torch._foreach_zero_(result)  # 0 * inf is NaN
+    add_where_(result, tensors, flag)
+    return result
 
 
-def replace_(tensors: Sequence[Tensor], others: Sequence[Tensor], where: Tensor) -> None:
-    """Write the others into all tensors where the flag `where` is set."""
-    if reading_is_free(where):
-        if where.item():
-            torch._foreach_copy_(list(tensors), list(others))
-        return
-    for tensor, other in zip(tensors, others, strict=True):  # as in `blank_`
-        flag = where.to(tensor.device, non_blocking=True)
-        tensor.copy_(torch.where(flag, other, tensor))
+def _has_fused_kernel(targets: list[Tensor], sources: list[Tensor]) -> bool:
+    """Whether the multi-tensor kernel is there and takes these: it neither mixes dtypes (weights in
+    half precision with a direction in fp32) nor memory formats."""
+    return targets[0].device.type in _get_fused_kernels_supported_devices() and all(
+        t.dtype is s.dtype and t.stride() == s.stride()
+        for t, s in zip(targets, sources, strict=True)
+    )

@@ -1,16 +1,11 @@
-"""LookSAM: the second pass every k-th update, and its direction used again in between."""
+"""LookSAM: a descent pass every k-th update, whose direction is reused in between."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from .base import Dot, State
-from .lists import blank_, by_device, is_usable, quotient, scale_
+from .base import Dot, Names, State, Tensors, option
+from .lists import is_usable, quotient, scale_, zero_unless
 from .sam import SAM
 
 _SLOT = "looksam.g_v"
@@ -18,79 +13,70 @@ _SLOT = "looksam.g_v"
 
 @dataclass(frozen=True)
 class LookSAM(SAM):
-    r"""SAM every k-th update; in between, the part of its gradient that changes slowly is reused.
+    r"""SAM every k-th update; in between, the slowly changing component of its gradient is reused.
 
     .. math:: t \bmod k = 0: \quad g_s, \quad \text{and keep} \quad
               g_v = g_s - \frac{\langle g, g_s \rangle}{\|g\|^2} g
     .. math:: \text{else}: \quad g + \alpha \frac{\|g\|}{\|g_v\|} g_v
 
-    with g and g_s the gradients at w and at w + ε, ε = ρ g / \|g\|. The projection and the norms
-    run over all trained parameters together, as in the paper, and not over each tensor. k = 1 is
-    SAM.
+    with g and g_s the gradients at w and at w + ε, ε = ρ g / \|g\|. As in the paper, the projection
+    and the norms are over all trained parameters together, not per tensor. k = 1 is SAM.
 
     Paper: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware
     Minimization", CVPR 2022, https://arxiv.org/abs/2203.02714, algorithm 1.
 
-    Cost: 1 + 1/k passes an update; a copy of the perturbed weights and g beside g_s in every k-th
-    update, and g_v all the time.
+    Cost: 1 + 1/k passes per update; in every k-th update a copy of the perturbed weights and a copy
+    of g; g_v always.
 
-    Settings: ``sam_k`` 5, ``sam_alpha`` 0.7.
+    Settings: ``k`` 5, ``alpha`` 0.7.
 
-    Scope `batch` only: gradients of single micro-batches are not kept. Not under DeepSpeed, which
-    does not show g_s.
+    Scope `batch` only: g of the whole update is needed. Not under DeepSpeed, which hides g_s.
     """
 
-    citation: ClassVar[str] = """\
-@inproceedings{liu2022towards,
+    citation = """@inproceedings{liu2022towards, booktitle = {CVPR},
   title = {Towards Efficient and Scalable Sharpness-Aware Minimization},
   author = {Liu, Yong and Mai, Siqi and Chen, Xiangning and Hsieh, Cho-Jui and You, Yang},
-  booktitle = {Conference on Computer Vision and Pattern Recognition},
   year = {2022},
   url = {https://arxiv.org/abs/2203.02714}
 }"""
-    has_state: ClassVar[bool] = True
+    combines = reuses = keeps_direction = has_state = True
 
-    k: int = 5
-    alpha: float = 0.7
+    k: int = option(5, low=1, help="Two passes every k-th update, one in the others.")
+    alpha: float = option(0.7, low=0.0, help="Weight of the reused direction.")
+
+    @property
+    def interval(self) -> int:
+        return self.k
 
     def should_perturb(self, update: int, state: State) -> bool:
         return update % self.k == 0 or _SLOT not in state
 
     def combine(
-        self,
-        names: Sequence[str],
-        grads: list[Tensor],
-        descent_grads: list[Tensor],
-        dot: Dot,
-        state: State,
-    ) -> list[Tensor] | None:
+        self, names: Names, grads: Tensors, descent_grads: Tensors, dot: Dot, state: State
+    ) -> Tensors | None:
         product, squared = dot(grads, descent_grads), dot(grads, grads)
         known = is_usable(squared) & torch.isfinite(product)
-        # In the memory of g: g_v, or 0 where an overflow left nothing to project on.
+        # g_v in the memory of g.
         scale_(grads, torch.where(known, -quotient(product, squared), 0))
         torch._foreach_add_(grads, descent_grads)
-        # What rounding alone has left of it would be scaled up to the length of g.
+        # A g_v that is all rounding error counts as 0: `reuse` would scale it up to the norm of g.
         rounding = (64 * torch.finfo(grads[0].dtype).eps) ** 2 * dot(descent_grads, descent_grads)
-        blank_(grads, ~known | (dot(grads, grads) <= rounding))
-        # The old one stays where there is none.
-        kept, slot = state.get(_SLOT, {}), {}
-        for name, g_v in zip(names, grads, strict=True):
-            slot[name] = (
-                g_v
-                if name not in kept
-                else torch.where(known.to(g_v.device, non_blocking=True), g_v, kept[name])
-            )
-        state[_SLOT] = slot
+        g_v = zero_unless(grads, known & (dot(grads, grads) > rounding))
+        # Where an fp16 overflow left no g_v, the previous one stays.
+        slot = state.get(_SLOT, {})
+        old = [i for i, name in enumerate(names) if name in slot]
+        if old:
+            kept = [slot[names[i]] for i in old]
+            scale_(kept, torch.where(known, 0, torch.ones_like(squared)))
+            torch._foreach_add_(kept, [g_v[i] for i in old])
+        state[_SLOT] = {n: slot.get(n, new) for n, new in zip(names, g_v, strict=True)}
         return None
 
-    def reuse(self, names: Sequence[str], grads: list[Tensor], dot: Dot, state: State) -> None:
+    def reuse(self, names: Names, grads: Tensors, dot: Dot, state: State) -> None:
         slot = state[_SLOT]
-        g_v = [
-            slot[name] if name in slot else torch.zeros_like(g)
-            for name, g in zip(names, grads, strict=True)
-        ]
+        both = [i for i, name in enumerate(names) if name in slot]
+        g_v = [slot[names[i]] for i in both]
         factor = self.alpha * quotient(dot(grads, grads), dot(g_v, g_v)).sqrt()
-        for members in by_device(grads):
-            there = factor.to(grads[members[0]].device, non_blocking=True)
-            added = torch._foreach_mul([g_v[i] for i in members], there)
-            torch._foreach_add_([grads[i] for i in members], added)
+        added = list(torch._foreach_mul(g_v, 1))
+        scale_(added, factor)
+        torch._foreach_add_([grads[i] for i in both], added)

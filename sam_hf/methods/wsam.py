@@ -1,16 +1,11 @@
-"""Weighted Sharpness-Aware Minimization: sharpness as a regulariser with a weight of its own."""
+"""Weighted Sharpness-Aware Minimization: sharpness as a weighted regularization term."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from .base import Dot, State
-from .lists import replace_
+from .base import Dot, Floats, Named, Names, State, Tensors, option
+from .lists import add_where_, scale_, zero_unless
 from .sam import SAM
 
 
@@ -32,67 +27,59 @@ class WSAM(SAM):
     Sharpness as a Regularization Term", KDD 2023, https://arxiv.org/abs/2305.15817, algorithms 2
     and 3.
 
-    Cost: two passes an update; a copy of the perturbed weights, and g beside g_s. Decoupled,
-    g_s - g takes the place of that copy until the optimizer has stepped.
+    Cost: two passes per update; a copy of the perturbed weights and a copy of g. Decoupled, g_s - g
+    replaces that copy until the optimizer has stepped.
 
-    Settings: ``sam_gamma`` 0.9 (the sharpness counts nine times the loss: smaller values are
-    safer with large ρ), ``sam_rho`` 0.05, ``sam_decoupled`` true as in the paper. Under a
-    learning rate schedule the decoupled term shrinks with the learning rate.
+    Settings: ``gamma`` 0.9 (the sharpness weighs nine times the loss; smaller values are safer with
+    a large ρ), ``sam_rho`` 0.05, ``decoupled`` true as in the paper. Under a learning rate schedule
+    the decoupled term shrinks with the learning rate.
 
-    Scope `batch` only: gradients of single micro-batches are not kept. Not under DeepSpeed, which
-    does not show g_s.
+    Scope `batch` only: g of the whole update is needed. Not under DeepSpeed, which hides g_s.
     """
 
-    citation: ClassVar[str] = """\
-@inproceedings{yue2023sharpness,
+    citation = """@inproceedings{yue2023sharpness, booktitle = {KDD},
   title = {Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term},
   author = {Yue, Yun and Jiang, Jiadi and Ye, Zhiling and Gao, Ning and Liu, Yongchao and
             Zhang, Ke},
-  booktitle = {Conference on Knowledge Discovery and Data Mining},
   year = {2023},
   url = {https://arxiv.org/abs/2305.15817}
 }"""
+    combines = keeps_direction = acts_on_step = True
 
-    gamma: float = 0.9
-    decoupled: bool = True
+    gamma: float = option(
+        0.9, low=0.0, below=1.0, help="Sharpness weight gamma / (1 - gamma). 0: plain training."
+    )
+    decoupled: bool = option(True, help="Step along the sharpness after the optimizer step.")
 
     @property
     def _weight(self) -> float:
         return self.gamma / (1 - self.gamma)
 
     def combine(
-        self,
-        names: Sequence[str],
-        grads: list[Tensor],
-        descent_grads: list[Tensor],
-        dot: Dot,
-        state: State,
-    ) -> list[Tensor] | None:
-        # Nothing was perturbed by a gradient that is not finite: g_s is that of a plain step.
-        replace_(grads, descent_grads, ~torch.isfinite(dot(grads, grads)))
+        self, names: Names, grads: Tensors, descent_grads: Tensors, dot: Dot, state: State
+    ) -> Tensors | None:
+        # A non-finite g perturbed nothing: g_s is then the gradient of a plain step.
+        squared = dot(grads, grads)
+        finite = torch.isfinite(squared)
         if not self.decoupled:
             # g + c (g_s - g) = c g_s + (1 - c) g
-            torch._foreach_mul_(descent_grads, self._weight)
-            torch._foreach_add_(descent_grads, grads, alpha=1 - self._weight)
+            scale_(descent_grads, torch.where(finite, self._weight, torch.ones_like(squared)))
+            torch._foreach_mul_(grads, 1 - self._weight)
+            add_where_(descent_grads, grads, finite)
             return None
+        grads = zero_unless(grads, finite)
+        add_where_(grads, descent_grads, ~finite)
         differences = torch._foreach_sub(descent_grads, grads)
-        # 0 · inf is NaN: the scaler of fp16 must see a g_s that overflows, and skip the step.
+        # 0 * inf is NaN: fp16's gradient scaler must see an overflow of g_s and skip the step.
         torch._foreach_add_(grads, differences, alpha=0)
         torch._foreach_copy_(descent_grads, grads)
         return list(differences)
 
     def after_step(
-        self,
-        names: Sequence[str],
-        weights: list[Tensor],
-        pending: Mapping[str, Tensor],
-        learning_rates: list[float],
-        rho: float,
+        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
     ) -> None:
         stepped = [i for i, name in enumerate(names) if name in pending]
         if stepped:
-            steps = torch._foreach_mul(
-                [pending[names[i]] for i in stepped],
-                [-learning_rates[i] * self._weight for i in stepped],
-            )
+            factors = [-learning_rates[i] * self._weight for i in stepped]
+            steps = torch._foreach_mul([pending[names[i]] for i in stepped], factors)
             torch._foreach_add_([weights[i] for i in stepped], steps)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ from transformers import (
 )
 
 from sam_hf import cli
-from sam_hf.diagnostics import Objective, read_landscape, worst_sharpness
-from sam_hf.diagnostics.inputs import DataOptions, UnusableError
-from sam_hf.diagnostics.loading import load_batches, load_model
+from sam_hf.cli.data import DataOptions, load_batches
+from sam_hf.cli.models import load_model
+from sam_hf.diagnostics import Ball, Objective, read_landscape, worst_sharpness
 
 QUICK = ["--examples", "24", "--batch_size", "8"]
 FEW = [*QUICK, "--steps", "2", "--samples", "2", "--iterations", "3", "--trace_samples", "2"]
@@ -86,9 +87,7 @@ def test_the_sharpness_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_
     assert cli.main(["sharpness", vit, *FEW, "--rho", "0.1", "--output_dir", str(folder)]) == 0
     result = json.loads((folder / "sharpness.json").read_text())
     model = load_model(vit)
-    batches = load_batches(DataOptions(examples=24, batch_size=8), model, vit)
-    from sam_hf.diagnostics import Ball
-
+    batches = load_batches(DataOptions(examples=24, batch_size=8), model)
     expected = worst_sharpness(Objective(model, batches), Ball(0.1), steps=2).value
     assert result["measures"]["worst_sharpness"] == pytest.approx(expected, rel=1e-6)
     assert result["examples"] == 24 and result["options"]["rho"] == 0.1
@@ -145,7 +144,7 @@ def test_a_landscape_that_was_stopped_goes_on(vit, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(landscape, "_loss_at", stopped)
     words = ["landscape", vit, *QUICK, "--points", "3", "--output_dir", str(tmp_path)]
     assert cli.main(words) == 130
-    assert "goes on where it was" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     points.clear()
     monkeypatch.setattr(landscape, "_loss_at", lambda *args: points.append(args) or real(*args))
     assert (
@@ -178,7 +177,7 @@ def test_labels_by_name_and_in_another_order_are_those_of_the_model(bert, tmp_pa
     words = Dataset.from_dict({"words": ["good", "bad"], "label": ["pos", "neg"]})
     words.to_parquet(tmp_path / "words.parquet")
     for name in ("named", "words.parquet"):
-        (batch,) = load_batches(DataOptions(str(tmp_path / name)), model, bert)
+        (batch,) = load_batches(DataOptions(str(tmp_path / name)), model)
         assert batch["labels"].tolist() == [1, 0]
         assert batch["input_ids"].shape == (2, 3)  # the label is no part of the text
 
@@ -192,7 +191,7 @@ def test_labels_are_matched_however_they_are_written_and_told_where_they_are_not
         options = DataOptions(str(tmp_path / names[0]))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            (batch,) = load_batches(options, model, bert)
+            (batch,) = load_batches(options, model)
         assert batch["labels"].tolist() == expected
         told = [str(w.message) for w in caught if "classes of the data" in str(w.message)]
         assert len(told) == (names[0] == "good")
@@ -206,19 +205,19 @@ def test_classes_that_differ_in_case_alone_stay_apart(bert, tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
     rows = Dataset.from_dict({"text": ["a"] * 4, "label": [0, 1, 2, 3]}, features=features)
     rows.save_to_disk(tmp_path / "data")
-    (batch,) = load_batches(DataOptions(str(tmp_path / "data")), model, bert)
+    (batch,) = load_batches(DataOptions(str(tmp_path / "data")), model)
     assert sorted(batch["labels"].tolist()) == [0, 1, 2, 3]
     model.config.label2id = {"Ab": 0, "aB": 1}
     Dataset.from_dict({"text": ["a"], "label": ["AB"]}).to_parquet(tmp_path / "x.parquet")
-    with pytest.raises(UnusableError, match="the label 'AB' is none of the model's: Ab, aB"):
-        load_batches(DataOptions(str(tmp_path / "x.parquet")), model, bert)
+    with pytest.raises(ValueError, match=r"the label 'AB' is not a class of .* Allowed: Ab, aB"):
+        load_batches(DataOptions(str(tmp_path / "x.parquet")), model)
 
 
 def test_a_model_that_names_its_classes_by_number_alone(bert, tmp_path):
     model = load_model(bert)
     model.config.label2id = None
     Dataset.from_dict({"text": ["good", "bad"], "label": ["pos", "pos"]}).to_csv(tmp_path / "x.csv")
-    (batch,) = load_batches(DataOptions(str(tmp_path / "x.csv")), model, bert)
+    (batch,) = load_batches(DataOptions(str(tmp_path / "x.csv")), model)
     assert batch["labels"].tolist() == [1, 1]
 
 
@@ -229,7 +228,7 @@ def test_pairs_that_are_known_are_taken_and_the_text_among_others(bert, tmp_path
         kept = {name: x for name, x in rows.items() if name in (*columns, "id", "label")}
         kept = {"text" if columns == (name,) else name: x for name, x in kept.items()}
         Dataset.from_dict(kept).to_parquet(tmp_path / f"{length}.parquet")
-        (batch,) = load_batches(DataOptions(str(tmp_path / f"{length}.parquet")), model, bert)
+        (batch,) = load_batches(DataOptions(str(tmp_path / f"{length}.parquet")), model)
         assert batch["input_ids"].shape == (1, length) and batch["labels"].tolist() == [1]
 
 
@@ -254,8 +253,8 @@ def test_texts_in_which_nothing_is_to_be_predicted_are_left_out_with_a_line(tmp_
             lambda self, *texts, **options: real(self, *texts, add_special_tokens=False, **options),
         )
         options = DataOptions(str(tmp_path / "texts.parquet"), batch_size=1)
-        with pytest.warns(UserWarning, match="2 of 4 texts are left out: they have no second"):
-            batches = load_batches(options, model, gpt)
+        with pytest.warns(UserWarning, match="2 of 4 texts are skipped: they have fewer than two"):
+            batches = load_batches(options, model)
     assert sorted(batch["input_ids"].shape[1] for batch in batches) == [2, 3]
 
 
@@ -264,12 +263,12 @@ def test_a_folder_of_images_and_a_language_model(vit, tmp_path):
         (tmp_path / "images" / label).mkdir(parents=True)
         Image.new("L", (8, 8), 100 * int(label)).save(tmp_path / "images" / label / "0.png")
     model = load_model(vit)
-    (batch,) = load_batches(DataOptions(str(tmp_path / "images")), model, vit)
+    (batch,) = load_batches(DataOptions(str(tmp_path / "images")), model)
     assert batch["labels"].tolist() == [1, 2]  # by name: those of the folder are 0 and 1
     folder = save_gpt(tmp_path / "gpt")
     Dataset.from_dict(TEXTS).to_parquet(tmp_path / "texts.parquet")
     options = DataOptions(str(tmp_path / "texts.parquet"), examples=5)
-    (batch,) = load_batches(options, load_model(folder), folder)
+    (batch,) = load_batches(options, load_model(folder))
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
@@ -326,7 +325,7 @@ def wrong(vit, bert, tmp_path):
     return [
         (["sharpness", str(tmp_path)], "has no config.json"),
         (["sharpness", "no/such-model"], "no model 'no/such-model'"),
-        (["sharpness", masked], "is a BertForMaskedLM, whose loss is not known here"),
+        (["sharpness", masked], "is a BertForMaskedLM, which is not supported"),
         (["sharpness", vit, "no/such.parquet"], "no data 'no/such.parquet'"),
         (["sharpness", vit, vit + "/config.txt"], "no data"),
         (["sharpness", vit, "--rho", "-1"], "rho=-1.0 is not allowed"),
@@ -334,19 +333,28 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", vit, "--params", "(", *FEW], "params='(' does not compile"),
         (["sharpness", vit, "--split", "test"], "--split test: digits has no splits"),
         (["landscape", vit, str(tmp_path / "misspelt")], "name the data too"),
-        (["sharpness", vit, "--examples", "0"], "'0' is not allowed: a whole number from 1 up"),
+        (["sharpness", vit, "--examples", "0"], "'0' is not allowed. Allowed: an integer >= 1"),
         (["sharpness", vit, "--exmples", "4"], "Did you mean --examples?"),
         (["sharpness", vit, "--params", "nose", *FEW], "params='nose' selects no trainable"),
-        (["sharpness", vit, *FEW, "--m", "12"], "m=12 is not allowed: it is no multiple of the 8"),
+        (
+            ["sharpness", vit, *FEW, "--m", "12"],
+            "m=12 is not allowed: it is not a multiple of the batch size 8",
+        ),
         (["sharpness", vit, *FEW, "--device", "cuda:9"], "--device cuda:9"),
         (["sharpness", vit, "--plugin", "no_such_module"], "--plugin no_such_module"),
         (["sharpness", vit, "--plugin", str(tmp_path / "wrong.py")], "wrong.py: "),
-        (["sharpness", bert, x], "which column holds the labels? There are a, b, n, k"),
-        (["sharpness", bert, x, "--label_column", "z"], "--label_column 'z': there are a, b, n, k"),
-        (["sharpness", bert, x, "--label_column", "k"], "which column holds the texts? There are"),
+        (["sharpness", bert, x], "cannot infer the column of the labels from a, b, n, k"),
+        (
+            ["sharpness", bert, x, "--label_column", "z"],
+            "--label_column 'z': the columns are a, b, n, k",
+        ),
+        (
+            ["sharpness", bert, x, "--label_column", "k"],
+            "cannot infer the column of the texts from",
+        ),
         (
             ["sharpness", bert, x, "--label_column", "n", "--text_column", "a"],
-            "the label 7 is none",
+            "the label 7 is not a class",
         ),
         (["sharpness", bert, str(tmp_path / "saved"), "--split", "test"], "saved has no splits"),
         (
@@ -355,11 +363,11 @@ def wrong(vit, bert, tmp_path):
         ),
         (
             ["sharpness", bert, dirty, "--text_column", "foreign", "--label_column", "null"],
-            "the label None is none of the model's",
+            "the label None is not a class of the model",
         ),
         (
             ["sharpness", bert, dirty, "--text_column", "foreign", "--label_column", "string"],
-            "the label 'no' is none of the model's",
+            "the label 'no' is not a class of the model",
         ),
         (
             ["sharpness", foreign, dirty, "--text_column", "foreign", "--label_column", "n"],
@@ -367,18 +375,27 @@ def wrong(vit, bert, tmp_path):
         ),
         (["sharpness", vit, str(pictures)], "--image_column 'image': an image cannot be read: "),
         (["sharpness", bert, x, "--text_column", "z", "--label_column", "k"], "--text_column 'z'"),
-        (["sharpness", vit, x, "--label_column", "k"], "which column holds the images"),
+        (["sharpness", vit, x, "--label_column", "k"], "cannot infer the column of the images"),
         (["sharpness", vit, x, "--label_column", "k", "--image_column", "z"], "--image_column 'z'"),
         (["sharpness", broken], "cannot be loaded: "),
-        (["sharpness", vit, "--seed", "9" * 30], "is not allowed: below 2^63"),
+        (
+            ["sharpness", vit, "--seed", "9" * 30],
+            "is not allowed. Allowed: an integer >= 0 and < 2^63",
+        ),
         (["sharpness", other, *FEW, "--output_dir", taken], "holds the measures of model"),
         (["landscape", vit, "--span", "inf"], "--span inf is not allowed"),
-        (["landscape", vit, vit, "digits", "more"], "three names at most"),
+        (["landscape", vit, vit, "digits", "more"], "expected MODEL [MODEL2] [DATA], got 4 names"),
         (["landscape", vit, "--directions", "between"], "needs two models, got 1"),
         (["landscape", vit, other, *QUICK, "--directions", "between"], "they differ in"),
-        (["landscape", vit, vit, "--directions", "between", "--dimensions", "2"], "it is a line"),
-        (["landscape", vit, "--span", "-1"], "--span -1.0 is not allowed. Allowed: finite"),
-        (["landscape", vit, "--points", "1"], "--points 1 is not allowed"),
+        (
+            ["landscape", vit, vit, "--directions", "between", "--dimensions", "2"],
+            "--dimensions 2 is not allowed with",
+        ),
+        (["landscape", vit, "--span", "-1"], "--span -1.0 is not allowed. Allowed: a finite"),
+        (
+            ["landscape", vit, "--points", "1"],
+            "--points: '1' is not allowed. Allowed: an integer >= 2",
+        ),
         (["landscape", vit, "--directions", "sideways"], "invalid choice: 'sideways'"),
         ([], "the following arguments are required: command"),
     ]
@@ -398,7 +415,7 @@ def test_misuse_is_one_line_that_says_what_is_wrong(vit, bert, tmp_path, capsys,
 
 
 def test_the_command_is_installed_and_helps():
-    command = [sys.executable, "-m", "sam_hf.cli", "landscape", "--help"]
+    command = [str(Path(sys.executable).with_name("sam-hf")), "landscape", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--directions" in done.stdout
     from importlib.metadata import entry_points

@@ -100,7 +100,7 @@ def test_the_picture_and_the_model_card_are_in_the_output_folder(tmp_path):
     assert {"sharpness.png", "sharpness.svg"} <= {f.name for f in tmp_path.iterdir()}
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "![Sharpness over the training](sharpness.png)" in card
+    assert "![Sharpness during training](sharpness.png)" in card
     assert "| `sharpness/worst_sharpness` |" in card and "| 4 |" in card
     trainer.create_model_card()
     assert (tmp_path / "README.md").read_text().count("sharpness.png") == 1
@@ -122,12 +122,15 @@ def test_misuse_is_refused_before_the_training():
     for options, said in (
         ({"every": -1}, "every=-1 is not allowed"),
         ({"examples": 0}, "examples=0 is not allowed"),
-        ({"dataset": {"a": examples(4), "b": examples(4)}}, "on one data set, got a, b"),
+        (
+            {"dataset": {"a": examples(4), "b": examples(4)}},
+            r"on one dataset, got several \(a, b\): pass",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             SharpnessCallback(trainer, **options)
     trainer.eval_dataset = None
-    with pytest.raises(ValueError, match="SharpnessCallback has no data: give dataset="):
+    with pytest.raises(ValueError, match="SharpnessCallback has no dataset: pass dataset="):
         SharpnessCallback(trainer)
     SharpnessCallback(trainer, dataset=examples(4))
     set_seed(0)
@@ -145,14 +148,16 @@ def test_misuse_is_refused_before_the_training():
 
 def test_a_group_that_does_not_fit_the_batches_is_refused_before_the_training():
     trainer = trainer_of(0, plan=Plan(m=5))
-    with pytest.raises(ValueError, match="m=5 is not allowed: it is no multiple of the 8"):
+    with pytest.raises(
+        ValueError, match="m=5 is not allowed: it is not a multiple of the batch size 8"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 def test_a_measure_that_fails_is_a_warning_and_the_training_goes_on():
-    trainer = trainer_of(1, sam=False, learning_rate=1e300)
-    with pytest.warns(UserWarning, match="no sharpness at update 1: "):
+    trainer = trainer_of(1, sam=False, learning_rate=float("inf"))
+    with pytest.warns(UserWarning, match="sharpness was not measured at update 1: "):
         trainer.train()
     assert trainer.state.global_step == 6
 
@@ -163,7 +168,7 @@ def test_where_memory_is_short_the_training_goes_on(monkeypatch):
 
     monkeypatch.setattr(Objective, "value", short)
     trainer = trainer_of(4)
-    with pytest.warns(UserWarning, match="no sharpness at update 4: no memory is left"):
+    with pytest.warns(UserWarning, match="not measured at update 4: no memory is left"):
         trainer.train()
     assert trainer.state.global_step == 6
 

@@ -151,7 +151,7 @@ def test_a_line_between_tied_and_untied_weights_ends_at_the_second_or_is_refused
     assert line.losses.tolist() == pytest.approx(ends, rel=1e-12)
     backwards = Objective(tied, x, loss=lambda m, x: m(x))
     with pytest.raises(
-        ValueError, match=r"second\.weight is tied to first\.weight in the first one"
+        ValueError, match=r"second\.weight is tied to first\.weight in the first model"
     ):
         connecting_plane(backwards, untied)
 
@@ -175,7 +175,7 @@ def test_a_scan_does_not_go_on_along_eigenvectors_that_have_become_others(tmp_pa
     assert max(flat(plane.directions[0]).tolist(), key=abs) > 0
     found = scan(objective, plane, [AXIS], path=file, progress=False)
     other = Plane([[-d for d in plane.directions[0]]], plane.labels, facts=plane.facts)
-    with pytest.raises(ValueError, match="was made along other directions: at "):
+    with pytest.raises(ValueError, match="was computed along other directions: at "):
         scan(objective, other, [AXIS], path=file, progress=False)
     again = scan(objective, plane, [AXIS], path=file, progress=False)
     assert torch.equal(found.losses, again.losses)
@@ -184,7 +184,7 @@ def test_a_scan_does_not_go_on_along_eigenvectors_that_have_become_others(tmp_pa
 def test_a_line_that_would_not_end_at_the_second_model_is_refused():
     torch.manual_seed(0)
     objective = Objective(Classifier(), batches(examples(4), 4), params="norms")
-    with pytest.raises(ValueError, match=r"first\.weight differs, and params='norms' leaves it"):
+    with pytest.raises(ValueError, match=r"first\.weight differs, but .* params='norms'"):
         connecting_plane(objective, Classifier())
 
 
@@ -197,7 +197,9 @@ def test_eigenvectors_that_are_not_found_yet_are_told():
 
 def test_models_that_differ_are_not_joined():
     objective = classifier()
-    with pytest.raises(ValueError, match=r"no line joins Classifier and Linear: they differ in"):
+    with pytest.raises(
+        ValueError, match=r"Classifier and Linear cannot be interpolated: they differ in"
+    ):
         connecting_plane(objective, nn.Linear(5, 3))
 
 
@@ -249,7 +251,7 @@ def test_a_file_comes_back_as_it_was_written(tmp_path):
     )
     torch.testing.assert_close(read.losses, losses, equal_nan=True, rtol=0, atol=0)
     (tmp_path / "other.parquet").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no landscape"):
+    with pytest.raises(ValueError, match="is not a landscape file"):
         read_landscape(tmp_path / "other.parquet")
 
 
@@ -314,16 +316,22 @@ def test_a_history_is_drawn_with_a_frame_for_each_measure(tmp_path):
 @pytest.mark.parametrize(
     ("action", "said"),
     [
-        (lambda o: scan(o, random_plane(o), [AXIS]), "coordinates has 1 axes, and the plane 2"),
-        (lambda o: scan(o, random_plane(o), [AXIS, [1.0, 0.0]]), "Allowed: rising numbers"),
-        (lambda o: scan(o, random_plane(o), [AXIS, []]), "Allowed: rising numbers"),
+        (
+            lambda o: scan(o, random_plane(o), [AXIS]),
+            "coordinates has 1 axes. Allowed: as many as .* 2",
+        ),
+        (lambda o: scan(o, random_plane(o), [AXIS, [1.0, 0.0]]), "Allowed: ascending numbers"),
+        (lambda o: scan(o, random_plane(o), [AXIS, []]), "Allowed: ascending numbers"),
         (
             lambda o: scan(o, random_plane(o), [AXIS] * 3),
-            "coordinates has 3 axes. Allowed: 1 and 2",
+            "coordinates has 3 axes. Allowed: as many as .* 2",
         ),
         (lambda o: random_plane(o, 3), "dimensions=3 is not allowed. Allowed: 1 and 2"),
         (lambda o: eigenvector_plane(o, 0), "dimensions=0 is not allowed. Allowed: 1 and 2"),
-        (lambda o: random_plane(classifier(params="norms")), "params='norms' selects no weight of"),
+        (
+            lambda o: random_plane(classifier(params="norms")),
+            "params='norms' selects no weight with",
+        ),
         (lambda o: plot_landscapes([], None), "one or more"),
         (lambda o: plot_history({}, None), "history is empty"),
     ],

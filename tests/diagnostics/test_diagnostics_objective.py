@@ -61,7 +61,7 @@ def test_hessian_products_are_the_columns_of_the_dense_hessian(products):
 def test_a_kernel_without_a_second_derivative_is_met_by_differences_and_a_warning(fails):
     objective = Objective(Fused(fails), nothing())
     v = [torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)]
-    why = "flash_backward is not implemented" if fails else "a part of the graph is missing"
+    why = "flash_backward is not implemented" if fails else "part of the backward graph is missing"
     with pytest.warns(UserWarning, match=f"central differences of gradients.*{why}"):
         product = objective.hessian_product(v)
     w = objective.weights[0].detach()
@@ -136,7 +136,7 @@ def test_where_memory_is_short_for_exact_products_there_are_differences(monkeypa
         raise torch.OutOfMemoryError("no memory is left\nand more")
 
     monkeypatch.setattr(Objective, "_exact_product", short)
-    with pytest.warns(UserWarning, match="Exact ones failed: no memory is left$"):
+    with pytest.warns(UserWarning, match="exact products failed: no memory is left$"):
         assert torch.equal(flat(objective.hessian_product(v)), expected)
     assert objective.products == "differences"
 
@@ -145,14 +145,14 @@ def test_a_loss_that_is_no_number_has_no_measures():
     """A batch without a target has such a loss, and a gradient of 0."""
     data = batches(examples(8), 4)
     data[0]["labels"] = torch.full((4,), -100)
-    with pytest.raises(ValueError, match="the loss at the weights is nan: there is nothing to"):
+    with pytest.raises(ValueError, match="the loss at the weights is nan: sharpness is undefined"):
         measure(Objective(Classifier(), data))
 
 
 def test_the_usual_size_of_a_batch_is_that_of_most():
     data = [*batches(examples(2), 2), *batches(examples(12, seed=1), 4)]
     objective = Objective(Classifier(), data)
-    assert (objective.usual_size, objective.usual_batches) == (4, 3)
+    assert (objective.common_batch_size, objective.common_batch_count) == (4, 3)
     assert "gradient_noise" in measure(objective)
 
 
@@ -221,8 +221,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line():
             make()
         assert "\n" not in str(caught.value)
     for batch, said in (
-        ({"x": torch.zeros(4, 5, dtype=torch.float64)}, "gave no loss for a batch with .'x'."),
-        ((torch.zeros(4, 5),), "a batch is a tuple, not a mapping: give loss="),
+        (
+            {"x": torch.zeros(4, 5, dtype=torch.float64)},
+            "returned no scalar loss for a batch with the keys .'x'.",
+        ),
+        ((torch.zeros(4, 5),), "a batch of type tuple is not a mapping: pass loss="),
     ):
         with pytest.raises(ValueError, match=said):
             Objective(Classifier(), [batch]).value()

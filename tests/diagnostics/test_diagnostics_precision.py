@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_hf.diagnostics.precision import full_precision
+from sam_hf.diagnostics.evaluation import full_precision
 
 BACKENDS = torch.backends
 GPU = torch.device("cuda")  # the settings are there without one

@@ -83,5 +83,5 @@ def test_without_examples_to_measure_on_it_is_refused(tmp_path):
     trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False)
     trainer.eval_dataset = None
     trainer.add_callback = None
-    with pytest.raises(InputError, match=r"--sharpness_every: .* has no data"):
+    with pytest.raises(InputError, match=r"--sharpness_every: .* has no dataset"):
         watch_sharpness(trainer, arguments(tmp_path, "--sharpness_every 2"))

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from benchmark_layouts import CollectiveCounter
 from layouts import PROCESSES, UPDATES, by_the_paper, launch
 from tiny import Classifier
 from torch import Tensor
 from torch.testing import assert_close
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from twin_runs import by_the_twin, means
+
+from sam_hf.distributed.ddp import all_reduce_
 
 RHO = 0.3
 
@@ -39,7 +44,16 @@ VIEWS = {
     for scope in ("batch", "micro_batch")
     for steps in (2, 3)
 }
-REDUCED = CASES | VIEWS
+# SAM reduces the gradients of an ascent over some parameters itself, here in many buckets.
+SOME = {
+    f"batch-{steps}-some": {
+        "sam": {"sam_rho": RHO, "sam_scope": "batch", "sam_params": "norm|second"},
+        "args": {"gradient_accumulation_steps": steps},
+        "bucket_bytes": 64,
+    }
+    for steps in (1, 2)
+}
+REDUCED = CASES | VIEWS | SOME
 # The number of examples, options, and how many examples come in each micro-batch of a process.
 ENDS = {
     "filled": (18, {}, [[4, 4], [4], [4, 4]], [[4, 4], [4], [4, 4]]),
@@ -120,6 +134,31 @@ def test_with_sync_each_batch_every_micro_batch_is_reduced(runs, name):
     scope, steps, _ = name.split("-")
     passes = int(steps) + (scope == "batch")
     assert {seen[name]["reductions"] for seen in runs} == {passes}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_ddp_reduces_the_descent_pass_alone_if_some_parameters_are_perturbed(runs, name):
+    assert {seen[name]["reductions"] for seen in runs} == {1}
+
+
+def test_what_sam_reduces_itself_goes_in_buckets_of_one_type_and_ddps_size():
+    mib = 2**20
+    tensors = [torch.randn(3, 5) for _ in range(200)]
+    tensors += [torch.randn(4, 6).t(), torch.tensor(2.0), torch.randn(0)]
+    tensors += [torch.full((7,), float(i), dtype=torch.bfloat16) for i in range(50)]
+    tensors += [torch.ones(10 * mib // 4) for _ in range(5)] + [torch.ones(30 * mib // 4)]
+    before = [t.clone() for t in tensors]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with CollectiveCounter() as counter:
+            all_reduce_(tensors)
+    finally:
+        dist.destroy_process_group()
+    # 20 MiB and what is small, 20 MiB, 10 MiB, 30 MiB; and all that is bfloat16.
+    assert counter.calls == {"all_reduce": 5}
+    assert counter.bytes == {"all_reduce": sum(t.nbytes for t in tensors)}
+    # This process group sums nothing.
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
 @pytest.mark.parametrize("name", UNEVEN)

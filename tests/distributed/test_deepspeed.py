@@ -21,7 +21,7 @@ sys.path.insert(0, str(DISTRIBUTED))
 
 from layout_worker import untrained
 
-from sam_hf.backends.deepspeed import DeepSpeedBackend
+from sam_hf.distributed.deepspeed import DeepSpeedLayout
 
 RHO = 0.3
 
@@ -141,7 +141,7 @@ def test_the_gradient_norm_in_the_log_is_that_of_all_processes(runs, name):
 
 
 def test_both_passes_compute_in_the_type_that_deepspeed_casts_to():
-    """The engine casts in its `forward`, which the pass at w goes past."""
+    """The engine casts in its `forward`, which the ascent pass bypasses."""
     seen = []
 
     class Module(nn.Linear):
@@ -165,8 +165,8 @@ def test_both_passes_compute_in_the_type_that_deepspeed_casts_to():
 
     engine, accelerator = Engine(), Accelerator()
     accelerator.deepspeed_engine_wrapped = SimpleNamespace(engine=engine)
-    backend = DeepSpeedBackend(list(engine.parameters()), accelerator)
-    with backend.ascent(engine, each_alone=True):
+    layout = DeepSpeedLayout(list(engine.parameters()), engine.module, engine, accelerator)
+    with layout.ascent(scope_is_micro_batch=True):
         accelerator.backward(engine(torch.ones(1, 2)).float().sum())
     assert seen == [torch.bfloat16]
     assert all(p.grad is not None for p in engine.parameters())

@@ -93,7 +93,7 @@ CASES = {
 REFUSED = {
     "alone": "2 processes were started, but there is no GPU for them",
     "deepspeed-compared": "--compare_with_plain does not go with DeepSpeed",
-    "fsdp2-on-cpu": "FSDP was asked for, but Accelerate shards nothing on cpu: these 2 processes",
+    "fsdp2-on-cpu": "FSDP was requested, but Accelerate does not shard on cpu: these 2 processes",
 }
 ENDS_WELL = [name for name in CASES if name not in REFUSED]
 

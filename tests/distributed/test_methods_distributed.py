@@ -120,8 +120,8 @@ def by_the_paper(name: str, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "sam_ascent_fraction" in sam:
             options["ascent"] = part(model, of, batches[update], seen, update)
         if sam["sam_method"] == "esam":
-            draw = random.Random(f"42 {update}").random
-            options["selected"] = [n for n in names if draw() < sam["sam_beta"]] or names[:1]
+            draw, beta = random.Random(f"42 {update}").random, twin.method_args["beta"]
+            options["selected"] = [n for n in names if draw() < beta] or names[:1]
         twin.update(shares, is_plain=is_plain, **options)
         updates.append(dict(zip(names, twin.w, strict=True)))
     return updates
@@ -187,10 +187,8 @@ def test_each_update_has_the_passes_of_its_method(runs, name):
     if "sam_trigger" in sam:
         assert set(counts) == {STEPS, 2 * STEPS} and counts[0] == 2 * STEPS
     else:
-        twice = [
-            sam["sam_method"] != "msam" and update % sam.get("sam_k", 1) == 0
-            for update in range(UPDATES)
-        ]
+        every = sam.get("sam_method_args", {}).get("k", 1)
+        twice = [sam["sam_method"] != "msam" and update % every == 0 for update in range(UPDATES)]
         assert counts == [STEPS * (1 + is_twice) for is_twice in twice]
 
 

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import default_collate
 
-from sam_hf.backends.sharded import _shards
+from sam_hf.distributed.fsdp2 import _shards
 
 sys.path.insert(0, str(DISTRIBUTED))
 

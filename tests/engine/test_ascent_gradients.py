@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from twin_runs import assert_same_run
 
-from sam_hf.backends import Backend
-from sam_hf.backends.graph import reaches_its_parameters
+from sam_hf.distributed import DDPLayout
+from sam_hf.distributed.graph import reaches_its_parameters
 
 
 def count_gradients(model: nn.Module) -> dict[str, int]:
@@ -43,7 +43,7 @@ def test_an_ascent_computes_the_gradients_that_it_needs_alone_and_nothing_else_c
     sam = sam | {"sam_scope": scope, "sam_params": "all" if method == "esam" else "norms"}
     runs, updates, steps = [], 4, 2
     for is_partial in (True, False):
-        monkeypatch.setattr(Backend, "can_take_some_gradients", is_partial)
+        monkeypatch.setattr(DDPLayout, "can_take_some_gradients", is_partial)
         set_seed(0)
         model = Classifier(dropout=0.2)
         counts = count_gradients(model)

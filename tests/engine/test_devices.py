@@ -6,16 +6,17 @@ is one that says so: what is tested is what the Trainer does differently then.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from accelerate import Accelerator
 from tiny import Classifier, examples, sam_trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from twin_runs import assert_weights, by_the_twin, means
 
-from sam_hf.backends import Backend
-from sam_hf.perturbation import Perturbation
+from sam_hf.distributed import DDPLayout
+from sam_hf.engine.perturbation import Perturbation
 
 DEVICES = 2
 
@@ -67,8 +68,17 @@ def test_a_model_that_device_map_has_split_equals_the_twin(scope):
 @pytest.mark.parametrize("waits", [False, True])
 def test_each_device_is_written_with_the_scale_on_it(waits, monkeypatch):
     """The meta device stands for a second one: it refuses tensors of another device."""
+    fused = torch._fused_sgd_
+
+    def fused_on_one_device(some, added, *args, found_inf, **kwargs):
+        assert {x.device for x in (*some, *added)} == {found_inf.device}
+        if found_inf.device.type != "meta":  # which has no such kernel
+            fused(some, added, *args, found_inf=found_inf, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_sgd_", fused_on_one_device)
     if waits:
-        monkeypatch.setattr("sam_hf.perturbation.reading_is_free", lambda number: False)
+        for module in ("sam_hf.engine.perturbation", "sam_hf.methods.lists"):
+            monkeypatch.setattr(f"{module}.reading_is_free", lambda number: False)
     here, there = torch.randn(3), torch.empty(3, device="meta")
     before = here.clone()
     perturbation = Perturbation([there, here, there.clone()])
@@ -81,7 +91,54 @@ def test_each_device_is_written_with_the_scale_on_it(waits, monkeypatch):
     assert torch.equal(here, before)
 
 
+class Elsewhere:
+    """Stands for an accelerator whose passes run on a device that is not here."""
+
+    num_processes, ddp_handler, scaler = 1, None, None
+    sync_gradients = True
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+def rng_devices(device: str, *, weights: str = "cpu", n_devices: int = 1) -> set[torch.device]:
+    """Whose random state is put back, for weights on one device and passes on another."""
+    model = nn.ParameterList([nn.Parameter(torch.empty(1, device=weights))])
+    accelerator: Any = Elsewhere(device)
+    layout = DDPLayout(list(model), model, model, accelerator, n_devices=n_devices)
+    return layout.rng_devices
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu:0"])
+def test_with_weights_on_the_cpu_the_random_state_of_the_device_of_the_passes_is_put_back(device):
+    """FSDP2 that offloads weights to the CPU draws its dropout masks on the device."""
+    assert rng_devices(device) == {torch.device(device)}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_without_an_accelerator_there_is_no_other_random_state_than_the_cpus(device):
+    assert rng_devices(device) == set()
+
+
 def test_the_random_state_of_every_device_of_data_parallel_is_put_back():
-    weight = nn.Parameter(torch.empty(1, device="meta"))
-    devices = Backend([weight], Accelerator(), n_devices=3).rng_devices
+    devices = rng_devices("cuda", n_devices=3)
     assert {device.index for device in devices} == {None, 0, 1, 2}
+    assert {device.type for device in devices} == {"cuda"}
+
+
+def test_the_random_state_of_a_device_that_holds_no_perturbed_weight_is_put_back():
+    class Here(nn.Module):
+        def parameters(self, recurse=True):
+            yield from (one, other)
+
+    # A split model: the second part draws masks too.
+    one, other = (Bag(torch.device("cuda", i)) for i in range(2))
+    accelerator: Any = Elsewhere("cuda:0")
+    weight = nn.Parameter(torch.empty(1))
+    layout = DDPLayout([weight], Here(), Here(), accelerator)
+    assert layout.rng_devices == {torch.device("cuda", 0), torch.device("cuda", 1)}
+
+
+class Bag:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device

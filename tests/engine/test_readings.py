@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 from twin_runs import collate, loss_of
 
-import sam_hf.trainer
 from sam_hf import SAMTrainer
+from sam_hf.engine import update as engine_update
+from sam_hf.engine.metrics import Metrics
+from sam_hf.engine.parameters import parameter_groups
 from sam_hf.methods import METHODS
-from sam_hf.params import parameter_groups
-from sam_hf.readings import Readings
 
 RHO = 0.4
 
@@ -124,9 +124,9 @@ def test_every_training_log_holds_every_reading(args, sam, expected):
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_readings_are_measured_only_where_a_log_shows_them(scope, args, expected, monkeypatch):
     measured = []
-    real = sam_hf.run.measure
+    real = engine_update.measure
     monkeypatch.setattr(
-        sam_hf.run, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
+        engine_update, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
     )
     sam = {"sam_scope": scope}
     trainer = sam_trainer(Classifier(), examples(16), sam=sam, max_steps=8, **args)
@@ -147,7 +147,7 @@ class CountsReads(TorchDispatchMode):
 
 @every_method_and_scope(lambda method: method.perturbs)
 def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, monkeypatch):
-    for module in ("sam_hf.perturbation", "sam_hf.methods.lists"):
+    for module in ("sam_hf.engine.perturbation", "sam_hf.methods.lists"):
         monkeypatch.setattr(f"{module}.reading_is_free", lambda number: False)
 
     class CountingSAM(SAMTrainer):
@@ -177,19 +177,34 @@ def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, mo
 
 
 def test_a_non_finite_sharpness_does_not_spoil_the_mean():
-    readings = Readings()
+    readings = Metrics()
     for value in (1.0, float("nan"), 3.0, float("inf")):
-        readings.add_sharpness(torch.tensor(value))
+        readings.add_losses(torch.tensor(2.0), torch.tensor(2.0 + value))
+    readings.add_losses(torch.tensor(float("inf")), torch.tensor(float("inf")))
     readings.set(grad_cosine=torch.tensor(float("nan")), perturbation_norm=torch.tensor(0.5))
     assert readings.pop(torch.stack) == {"sam_sharpness": 2.0, "sam_perturbation_norm": 0.5}
     assert readings.pop(torch.stack) == {}
 
 
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_the_mean_over_any_number_of_updates_is_that_of_all_of_them(count):
+    readings = Metrics()
+    for i in range(count):
+        readings.add_losses(torch.tensor(float(i)), torch.tensor(3.0 * i))
+        readings.add_passes(1 + i % 2)
+    expected = sum(2.0 * i for i in range(count)) / count
+    assert readings.pop(torch.stack) == {
+        "sam_sharpness": pytest.approx(expected),
+        "sam_passes_per_update": pytest.approx(1 + (count // 2) / count),
+    }
+    assert readings.pop(torch.stack) == {}
+
+
 def test_readings_are_means_over_the_processes_that_have_any():
-    first, second = Readings(), Readings()
-    first.add_sharpness(torch.tensor(1.0))
+    first, second = Metrics(), Metrics()
+    first.add_losses(torch.tensor(1.0), torch.tensor(2.0))
     for value in (2.0, 6.0, float("nan")):
-        second.add_sharpness(torch.tensor(value))
+        second.add_losses(torch.tensor(1.0), torch.tensor(1.0 + value))
     second.set(perturbation_norm=torch.tensor(0.5))
     said: list[torch.Tensor] = []
 

@@ -98,12 +98,20 @@ def test_the_draw_leaves_the_global_random_state_alone():
     assert torch.equal(*states)
 
 
+class Notes:
+    """What is seen in both passes: an object that SAM does not take for state of the model."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[float, list[bool]]] = []
+        self.marker = object()
+
+
 class Masks(Classifier):
     """Remembers the dropout mask of each row that passes, by the row's first number."""
 
     def __init__(self) -> None:
         super().__init__(dropout=0.5)
-        self.seen: list[dict[float, list[bool]]] = []
+        self.notes = Notes()
         self.dropout.register_forward_hook(self.look)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -112,7 +120,7 @@ class Masks(Classifier):
 
     def look(self, module: nn.Module, args: Any, output: Tensor) -> None:
         masks = (output != 0).tolist()
-        self.seen.append(dict(zip(self.firsts, masks, strict=True)))
+        self.notes.seen.append(dict(zip(self.firsts, masks, strict=True)))
 
 
 def masks(
@@ -122,7 +130,7 @@ def masks(
     set_seed(0)
     model = Masks()
     trained(model, examples(32), sam, trainer_class, gradient_accumulation_steps=4, max_steps=2)
-    return [each for each in model.seen if len(each) == 4], torch.get_rng_state()
+    return [each for each in model.notes.seen if len(each) == 4], torch.get_rng_state()
 
 
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])

@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 from transformers import Trainer
 
 from sam_hf import SAMTrainer, with_sam
-from sam_hf.sampling import select_examples
+from sam_hf.engine.subset import select_examples
 
 
 class OwnStep(WholeBatches):

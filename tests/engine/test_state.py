@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from transformers import TrainerCallback, set_seed, trainer_jit_checkpoint
 from twin_runs import optimizer_state
 
-from sam_hf import memory
+from sam_hf.engine import method_state
 
 UPDATES, STEPS, FILE = 7, 2, "sam_state.safetensors"
 TRIGGERED = {"sam_trigger": "gradient_norm", "sam_trigger_start": 1.2, "sam_trigger_end": 1.2}
@@ -112,7 +112,9 @@ def test_the_state_matters_to_a_run_that_is_resumed(name, tmp_path):
         if file.name != FILE:
             (copy / file.name).write_bytes(file.read_bytes())
     resumed = build(CASES[name])
-    with pytest.warns(UserWarning, match=rf"holds no {FILE}: the state of sam_method=.* anew"):
+    with pytest.warns(
+        UserWarning, match=rf"holds no {FILE}: the state of sam_method=.* starts empty"
+    ):
         resumed.train(resume_from_checkpoint=str(copy))
     assert resumed.state.global_step == UPDATES
     assert any(
@@ -152,7 +154,7 @@ def edited(name: str, folder: Path, edit: Any) -> Path:
 def test_a_state_of_another_method_begins_anew_with_a_warning(tmp_path):
     checkpoint = edited("vasso", tmp_path, lambda file: None)
     with pytest.warns(
-        UserWarning, match=r"written with sam_method='vasso': .*'friendly_sam'.*anew"
+        UserWarning, match=r"written with sam_method='vasso': .*'friendly_sam' starts empty"
     ):
         build(CASES["friendly_sam"]).train(resume_from_checkpoint=str(checkpoint))
     resumed = build(CASES["gsam"])
@@ -188,7 +190,9 @@ def test_a_state_of_another_number_of_processes_is_refused_in_one_line(tmp_path)
         file.unlink()
 
     checkpoint = edited("vasso", tmp_path, split)
-    message = r"sam_state_0-of-2\.safetensors, sam_state_1-of-2.*as many processes.*or remove"
+    message = (
+        r"sam_state_0-of-2\.safetensors, sam_state_1-of-2.*the same number of processes.*or remove"
+    )
     with pytest.raises(ValueError, match=message) as e:
         build(CASES["vasso"]).train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(e.value)
@@ -204,7 +208,7 @@ def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(memory, "save_file", fail)
+    monkeypatch.setattr(method_state, "save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         build(CASES["vasso"], **args).train()
     assert file.read_bytes() == before

@@ -8,19 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from reference_sam import Gradient, Loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sam_hf import SAMConfig
-from sam_hf.backends import Backend
-from sam_hf.combination import Combination
+from sam_hf.engine.combiner import GradientCombiner
+from sam_hf.engine.layout import Layout
+from sam_hf.engine.perturbation import HALF, Perturbation, step_size
 from sam_hf.methods import Dot
-from sam_hf.perturbation import HALF, Perturbation, step_size
 
 RHO, LR = 0.7, 0.5
-_ACCELERATOR = Accelerator()
 NAMES = ["layer.weight", "layer.bias", "norm.weight"]
 SHAPES = [(4, 3), (4,), (5,)]
 
@@ -57,7 +55,7 @@ class Outcome:
 
 
 class Applied:
-    """A method with its state, between `Perturbation`, `Combination` and an optimizer.
+    """A method with its state, between `Perturbation`, `GradientCombiner` and an optimizer.
 
     Args:
         name: the method's.
@@ -95,12 +93,12 @@ class Applied:
             name: torch.nn.Parameter(x.clone())
             for name, x in zip(self.names, inputs.w, strict=True)
         }
-        backend = Backend(list(parameters.values()), _ACCELERATOR)
+        layout = Layout(list(parameters.values()), torch.nn.ParameterList(parameters.values()))
         if self.dot is not None:
-            backend.dot = self.dot
+            layout.dot = self.dot
         optimizer = torch.optim.SGD(parameters.values(), lr=LR)
-        combination = Combination(self.method, self.state, backend, parameters, optimizer)
-        combination.rho = self.rho
+        combiner = GradientCombiner(self.method, self.state, layout, parameters, optimizer)
+        combiner.rho = self.rho
         perturbation: Perturbation | None = None
         if self.method.along_momentum:
             momentum = {
@@ -108,18 +106,18 @@ class Applied:
                 for name, v in zip(self.names, inputs.g, strict=True)
                 if v is not None
             }
-            perturbation = self._move(backend, parameters, momentum, -self.rho)
+            perturbation = self._move(layout, parameters, momentum, -self.rho)
             for name, v in zip(self.names, inputs.g, strict=True):
                 assert v is None or torch.equal(momentum[name].nan_to_num(), v.nan_to_num())
         else:
             self._set(parameters, inputs.g)
             if self.method.should_perturb(inputs.number, self.state):
-                combination.keep()
-                perturbation = self._ascend(backend, parameters, inputs.number)
+                combiner.keep()
+                perturbation = self._ascend(layout, parameters, inputs.number)
         if perturbation is None:
             e = [torch.zeros_like(x) for x in inputs.w]
             with self.guard():
-                combination.reuse()
+                combiner.reuse()
         else:
             e = [p.detach() - x for p, x in zip(parameters.values(), inputs.w, strict=True)]
             perturbation.restore()
@@ -128,7 +126,7 @@ class Applied:
             )
             self._set(parameters, inputs.g_s)
             with self.guard():
-                combination.combine()
+                combiner.combine()
         gradient = [None if p.grad is None else p.grad.clone() for p in parameters.values()]
         with self.guard():
             optimizer.step()
@@ -136,21 +134,21 @@ class Applied:
             None if g is None else (x - p.detach()) / LR
             for p, x, g in zip(parameters.values(), inputs.w, gradient, strict=True)
         ]
-        return Outcome(e, gradient, moved if self.method.steps_too() else gradient)
+        return Outcome(e, gradient, moved if self.method.acts_on_step else gradient)
 
     def _ascend(
-        self, backend: Backend, parameters: dict[str, torch.nn.Parameter], number: int
+        self, layout: Layout, parameters: dict[str, torch.nn.Parameter], number: int
     ) -> Perturbation:
         flags = zip(parameters.items(), self.chosen(number), strict=True)
         perturbed = {n: p for (n, p), flag in flags if flag and p.grad is not None}
-        grads = backend.gradients(list(perturbed.values()))
+        grads = layout.gradients(list(perturbed.values()))
         if self.method.remembers_gradients:
             grads = [g.float() if g.dtype in HALF else g for g in grads]
-        return self._move(backend, parameters, dict(zip(perturbed, grads, strict=True)), self.rho)
+        return self._move(layout, parameters, dict(zip(perturbed, grads, strict=True)), self.rho)
 
     def _move(
         self,
-        backend: Backend,
+        layout: Layout,
         parameters: dict[str, torch.nn.Parameter],
         grads: dict[str, Tensor],
         rho: float,
@@ -160,11 +158,11 @@ class Applied:
         perturbation = Perturbation(weights)
         with torch.no_grad(), self.guard():
             direction, squared = self.method.direction(
-                list(grads), weights, list(grads.values()), backend.dot, self.state
+                list(grads), weights, list(grads.values()), layout.dot, self.state
             )
         assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
         with self.guard():
-            keeps = self.method.keeps_direction()
+            keeps = self.method.keeps_direction
             perturbation.apply(direction, step_size(rho, squared), keeps)
         return perturbation
 

@@ -46,37 +46,43 @@ TWINS: dict[str, list[Twin]] = {
     ],
     "gsam": [
         Twin(lambda x: (gsam_step(x.w, x.losses, RHO, 0.6)[0], x.state)),
-        Twin(lambda x: (gsam_step(x.w, x.losses, RHO, 0.2)[0], x.state), {"sam_alpha": 0.2}),
+        Twin(
+            lambda x: (gsam_step(x.w, x.losses, RHO, 0.2)[0], x.state),
+            {"sam_method_args": {"alpha": 0.2}},
+        ),
     ],
     "looksam": [
         Twin(lambda x: looksam_step(x.w, x.losses, RHO, 0.7, 5, x.t, x.state)),
         Twin(
             lambda x: looksam_step(x.w, x.losses, RHO, 0.3, 2, x.t, x.state),
-            {"sam_alpha": 0.3, "sam_k": 2},
+            {"sam_method_args": {"alpha": 0.3, "k": 2}},
         ),
     ],
     "wsam": [
         Twin(lambda x: wsam_move(x, 0.9)),
-        Twin(lambda x: wsam_move(x, 0.3), {"sam_gamma": 0.3}),
+        Twin(lambda x: wsam_move(x, 0.3), {"sam_method_args": {"gamma": 0.3}}),
         Twin(
             lambda x: (wsam_coupled(x.w, x.losses, RHO, 0.8), x.state),
-            {"sam_gamma": 0.8, "sam_decoupled": False},
+            {"sam_method_args": {"gamma": 0.8, "decoupled": False}},
         ),
     ],
     "friendly_sam": [
         Twin(lambda x: friendly_sam_step(x.w, x.losses, RHO, 1.0, 0.9, x.state)),
         Twin(
             lambda x: friendly_sam_step(x.w, x.losses, RHO, 0.5, 0.6, x.state),
-            {"sam_sigma": 0.5, "sam_ema_decay": 0.6},
+            {"sam_method_args": {"sigma": 0.5, "ema_decay": 0.6}},
         ),
     ],
     "vasso": [
         Twin(lambda x: vasso_step(x.w, x.losses, RHO, 0.9, x.state)),
-        Twin(lambda x: vasso_step(x.w, x.losses, RHO, 0.2, x.state), {"sam_theta": 0.2}),
+        Twin(
+            lambda x: vasso_step(x.w, x.losses, RHO, 0.2, x.state),
+            {"sam_method_args": {"theta": 0.2}},
+        ),
     ],
     "msam": [Twin(lambda x: (msam_gradient(x.w, x.g, x.losses, RHO), x.state))],
     "esam": [
         Twin(lambda x: esam_step(x, 0.6)),
-        Twin(lambda x: esam_step(x, 0.3), {"sam_beta": 0.3}),
+        Twin(lambda x: esam_step(x, 0.3), {"sam_method_args": {"beta": 0.3}}),
     ],
 }

@@ -17,17 +17,17 @@ MOVING = [name for name, method in METHODS.items() if method.perturbs]
 
 # Options with which every update of a method has both passes; over all perturbed parameters; and
 # such that where e is 0 the optimizer gets nothing but g_s, to the last bit.
-OFTEN: dict[str, dict[str, Any]] = {"looksam": {"sam_k": 1}}
-WHOLE: dict[str, dict[str, Any]] = OFTEN | {"esam": {"sam_beta": 1.0}}
-PURE: dict[str, dict[str, Any]] = OFTEN | {"gsam": {"sam_alpha": 0.0}}
+OFTEN: dict[str, dict[str, Any]] = {"looksam": {"sam_method_args": {"k": 1}}}
+WHOLE: dict[str, dict[str, Any]] = OFTEN | {"esam": {"sam_method_args": {"beta": 1.0}}}
+PURE: dict[str, dict[str, Any]] = OFTEN | {"gsam": {"sam_method_args": {"alpha": 0.0}}}
 
 
 def has_two_passes(method: type[Method]) -> bool:
-    return not method.has_one_pass()
+    return method.perturbs and not method.along_momentum
 
 
 def has_one_pass_at_w_plus_e(method: type[Method]) -> bool:
-    return method.perturbs and method.has_one_pass()
+    return method.perturbs and method.along_momentum
 
 
 def is_allowed(**sam: Any) -> bool:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam_hf.engine.update import UpdateEngine
+
 # Large, and nobody's counters: the model, what its data come from, and the clock of its logs.
 _SKIPPED = (
     nn.Module,
@@ -27,6 +29,29 @@ def snapshot(owner: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     _enter(owner, "", found, set())
     return found
+
+
+def changes_in_second_passes(trainer: Any, monkeypatch: Any) -> list[set[str]]:
+    """For each second pass of a run: what of the trainer it has left changed, by its path.
+
+    Returns:
+        A list that is filled while the trainer trains.
+    """
+    replay, changes = UpdateEngine._replay, []
+
+    def look() -> dict[str, Any]:
+        # What SAM itself keeps holds references to all else.
+        return snapshot({k: v for k, v in vars(trainer).items() if not k.startswith("_sam_")})
+
+    def watched(*args: Any) -> Tensor:
+        before = look()
+        loss = replay(*args)
+        after = look()
+        changes.append({k for k in before.keys() | after if before.get(k) != after.get(k)})
+        return loss
+
+    monkeypatch.setattr(UpdateEngine, "_replay", watched)
+    return changes
 
 
 def _enter(value: Any, path: str, found: dict[str, Any], seen: set[int]) -> None:

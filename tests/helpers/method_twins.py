@@ -23,16 +23,22 @@ from transformers import TrainerCallback
 from sam_hf import SAMTrainer
 
 RHO = 0.3
+
+
+def _with(method: str, **args: Any) -> dict[str, Any]:
+    return {"sam_method": method, "sam_method_args": args}
+
+
 # Options that are far from the defaults, and from where a method is SAM.
 METHODS: dict[str, dict[str, Any]] = {
-    "gsam": {"sam_method": "gsam", "sam_alpha": 0.4},
-    "looksam": {"sam_method": "looksam", "sam_alpha": 0.8, "sam_k": 3},
-    "wsam-coupled": {"sam_method": "wsam", "sam_gamma": 0.75, "sam_decoupled": False},
-    "wsam-decoupled": {"sam_method": "wsam", "sam_gamma": 0.75},
-    "friendly_sam": {"sam_method": "friendly_sam", "sam_sigma": 0.8, "sam_ema_decay": 0.6},
-    "vasso": {"sam_method": "vasso", "sam_theta": 0.4},
+    "gsam": _with("gsam", alpha=0.4),
+    "looksam": _with("looksam", alpha=0.8, k=3),
+    "wsam-coupled": _with("wsam", gamma=0.75, decoupled=False),
+    "wsam-decoupled": _with("wsam", gamma=0.75),
+    "friendly_sam": _with("friendly_sam", sigma=0.8, ema_decay=0.6),
+    "vasso": _with("vasso", theta=0.4),
     "msam": {"sam_method": "msam"},
-    "esam": {"sam_method": "esam", "sam_beta": 0.5},
+    "esam": _with("esam", beta=0.5),
 }
 STEPS = {"sgd": sgd_step, "adamw": adamw_step}
 
@@ -61,6 +67,7 @@ class TwinRun:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.names, self.w = list(trained), [p.detach().clone() for p in trained.values()]
         self.sam = {"sam_rho": RHO, "sam_scope": "batch", "sam_params": ""} | sam
+        self.method_args = self.sam.get("sam_method_args", {})
         self.clip, self.step, self.options = clip, STEPS[optimizer], options
         self.rates = rates if isinstance(rates, dict) else dict.fromkeys(self.names, rates)
         self.kept: list[dict[str, Any]] = [{} for _ in self.names]  # by the optimizer
@@ -117,7 +124,8 @@ class TwinRun:
             total = [add(a, b) for a, b in zip(total, g, strict=True)]
         if self.clip:
             total, _ = clip_by_global_norm(total, self.clip)
-        weight = self.sam.get("sam_gamma", 0) / (1 - self.sam.get("sam_gamma", 0))
+        gamma = self.method_args.get("gamma", 0)
+        weight = gamma / (1 - gamma)
         for i, name in enumerate(self.names):
             rate = self.rates[name] * schedule
             [w], self.kept[i] = self.step(
@@ -141,26 +149,26 @@ class TwinRun:
         selected: Sequence[str] | None,
     ) -> tuple[Gradient, dict[str, Any], Gradient]:
         """What the optimizer gets, the new state, and what is taken from the weights later."""
-        sam, w, some = self.sam, self.w, {"perturbed": self.perturbed}
+        args, w, some = self.method_args, self.w, {"perturbed": self.perturbed}
         nothing: Gradient = [None] * len(w)
-        match sam["sam_method"]:
+        match self.sam["sam_method"]:
             case "sam":
                 return sam_step(w, losses, rho, **some)[0], state, nothing
             case "gsam":
-                return gsam_step(w, losses, rho, sam["sam_alpha"], **some)[0], state, nothing
+                return gsam_step(w, losses, rho, args["alpha"], **some)[0], state, nothing
             case "looksam":
-                options = (sam["sam_alpha"], sam["sam_k"], self.t, state)
+                options = (args["alpha"], args["k"], self.t, state)
                 return *looksam_step(w, losses, rho, *options, **some), nothing
-            case "wsam" if sam.get("sam_decoupled", True):
+            case "wsam" if args.get("decoupled", True):
                 g, later = gradient_and_sharpness(w, losses, rho, self.perturbed)
                 return g, state, later
             case "wsam":
-                return wsam_coupled(w, losses, rho, sam["sam_gamma"], **some), state, nothing
+                return wsam_coupled(w, losses, rho, args["gamma"], **some), state, nothing
             case "friendly_sam":
-                options = (sam["sam_sigma"], sam["sam_ema_decay"], state)
+                options = (args["sigma"], args["ema_decay"], state)
                 return *friendly_sam_step(w, losses, rho, *options, **some), nothing
             case "vasso":
-                return *vasso_step(w, losses, rho, sam["sam_theta"], state, **some), nothing
+                return *vasso_step(w, losses, rho, args["theta"], state, **some), nothing
             case "msam":
                 pairs = zip(self.momentum(), self.perturbed, strict=True)
                 v = [m if flag else None for m, flag in pairs]
@@ -173,9 +181,9 @@ class TwinRun:
 
                 chosen = [name in selected for name in self.names]
                 g = value_and_grad(total, w)[1]
-                e = esam_perturbation(g, rho, sam["sam_beta"], chosen, norm_over="selected")
+                e = esam_perturbation(g, rho, args["beta"], chosen, norm_over="selected")
                 return value_and_grad(total, moved(w, e))[1], state, nothing
-        raise ValueError(sam["sam_method"])
+        raise ValueError(self.sam["sam_method"])
 
     def momentum(self) -> Gradient:
         if self.step is sgd_step:

@@ -252,7 +252,7 @@ def test_training_goes_on_when_a_push_in_the_background_fails(hub, tmp_path, cap
         wait_for_pushes()
 
     assert trainer.state.global_step == 2 and hub.repositories[NAME].files == {}
-    warnings = [r.getMessage() for r in caplog.records if r.name == "sam_hf.publishing"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "sam_hf.hub.publishing"]
     assert len(warnings) == 4 and all("\n" not in w and "500" in w for w in warnings)
     model, checkpoint = (w.split("run: ")[1] for w in warnings[2:])
     folder = tmp_path / "out"

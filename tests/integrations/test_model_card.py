@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import fields
 
 import pytest
 from combinations import MOVING
@@ -15,6 +14,7 @@ from tiny import Rows, arguments
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from sam_hf import SAMConfig, SAMTrainer, SAMTrainingArguments, with_sam
+from sam_hf.config.checks import method_options
 from sam_hf.methods import METHODS
 
 ASAM = {"sam_method": "asam", "sam_rho": 0.5, "sam_params": r"layer\.\d|classifier"}
@@ -100,19 +100,19 @@ def test_the_card_holds_settings_layout_metrics_readings_and_the_citation(tmp_pa
     cells = tables(card.text)
     assert cells["sam_rho"] == ["0.5"] and cells["sam_method"] == ["asam"]
     assert cells["sam_eta"] == ["0.01"] and cells["sam_params"] == [r"layer\.\d\|classifier"]
-    ignored = set(trainer.sam_config.options_of_other_methods())
-    assert trainer.sam_config.to_sam_dict().keys() - ignored <= cells.keys() - ignored
-    assert not ignored & cells.keys()
+    unused = {*trainer.sam_config.options_without_effect(), "sam_method_args"}
+    assert trainer.sam_config.to_sam_dict().keys() - unused <= cells.keys()
+    assert not unused & cells.keys()
     assert cells["distributed type"] == ["NO"] and cells["processes"] == ["1"]
     assert cells["device"] == ["cpu"] and cells["mixed precision"] == ["no"]
-    assert cells["micro-batch"] == ["4"] and cells["examples in an update"] == ["8"]
+    assert cells["micro-batch size"] == ["4"] and cells["examples per update"] == ["8"]
 
     history = trainer.state.log_history
     last = [entry for entry in history if "loss" in entry][-1]
     evaluated = [entry for entry in history if "eval_loss" in entry][-1]
     for name in [name for name in last if name.startswith("sam_")] + ["loss"]:
         assert cells[name][:2] == [f"{last[name]:.4g}", "2"]
-    assert "sam_sharpness" in cells and "part of" in cells["sam_share_norms"][2]
+    assert "sam_sharpness" in cells and "share of" in cells["sam_share_norms"][2]
     for name in ("eval_loss", "eval_accuracy"):
         assert cells[name] == [f"{evaluated[name]:.4g}", "2"]
     assert "eval_runtime" not in cells
@@ -136,9 +136,9 @@ def test_the_card_of_a_method_cites_its_paper_and_leaves_out_the_options_of_othe
     card = ModelCard.load(tmp_path / "README.md")
     cells = tables(card.text)
     assert cells["sam_rho"] == ["0.02"] and not {"sam_sharpness", "loss"} & cells.keys()
-    own = {f"sam_{field.name}" for field in fields(METHODS[method])}
-    others = {f"sam_{field.name}" for each in METHODS.values() for field in fields(each)} - own
-    assert own <= cells.keys() and not others & cells.keys()
+    options = {name: field.default for name, field in method_options(METHODS[method]).items()}
+    assert cells.get("sam_method_args") == ([str(options)] if options else None)
+    assert ("sam_eta" in cells) == ("sam_adaptive_scope" in cells) == (method == "asam")
     assert [name for name in METHODS if name in card.data.tags] == [method]
     cited = [name for name, each in METHODS.items() if each.citation in card.text]
     assert cited == [method]
@@ -189,7 +189,7 @@ def test_a_new_section_takes_the_place_of_the_old_one_and_leaves_what_stands_aro
     path = tmp_path / "README.md"
     path.write_text(path.read_text() + "\n## My notes\n\nkept | \\1\n")
     trainer.sam_config.sam_rho = 0.25
-    trainer._sam_describe(tmp_path)
+    trainer._sam_update_card(tmp_path)
     text = path.read_text()
     assert text.count("sam_hf: begin") == 1 and text.endswith("\n## My notes\n\nkept | \\1\n")
     assert tables(text)["sam_rho"] == ["0.25"] and text.count("- asam") == 1
@@ -225,7 +225,7 @@ def test_a_card_that_cannot_be_read_is_left_with_a_warning(tmp_path, card, caplo
     trainer = bert_trainer(tmp_path, ASAM)
     (tmp_path / "README.md").write_bytes(card)
     with caplog.at_level(logging.WARNING, logger="sam_hf"):
-        trainer._sam_describe(tmp_path)
+        trainer._sam_update_card(tmp_path)
     assert (tmp_path / "README.md").read_bytes() == card
     assert "cannot be read as a model card" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"README.md"}

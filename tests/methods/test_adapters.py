@@ -25,7 +25,7 @@ from transformers import set_seed
 from twin_runs import assert_same_run
 
 from sam_hf import SAMConfig, SAMTrainer
-from sam_hf.methods.bar import BAR
+from sam_hf.methods.lora.bar import BAR
 
 sys.path.append(str(DISTRIBUTED))
 
@@ -34,7 +34,7 @@ import adapter_worker as lora
 RANK = 3
 EXACT = {"rtol": 0, "atol": 1e-10}
 BARS = {"sam_method": "bar", "sam_rho": 0.8}
-BILORA = {"sam_method": "bilora", "sam_rho": 0.01, "sam_rank": RANK}
+BILORA = {"sam_method": "bilora", "sam_rho": 0.01, "sam_method_args": {"rank": RANK}}
 both_methods = pytest.mark.parametrize("sam", [BARS, BILORA], ids=["bar", "bilora"])
 
 
@@ -58,7 +58,7 @@ def test_bar_is_its_twin_after_every_update(balance, optim, schedules):
     model, spy = lora.adapted(), Spy()
     expected = list(lora.by_bar(copy.deepcopy(model), balance, optim, 0.8, *schedules))
     args = {"gradient_accumulation_steps": steps, "lr_scheduler_type": rates, "optim": optim}
-    sam = BARS | {"sam_balance": balance, "sam_rho_schedule": schedule}
+    sam = BARS | {"sam_method_args": {"balance": balance}, "sam_rho_schedule": schedule}
     lora.trainer_of(model, sam, spy, **args | lora.OPTIM[optim]).train()
     for actual, values in zip(spy.weights, expected, strict=True):
         assert_close({name: actual[name] for name in values}, values, **EXACT)
@@ -78,7 +78,8 @@ def test_bar_touches_the_pairs_of_lora_alone():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_leaves_both_factors_to_the_optimizer(balance, value):
     poison = lora.Poison(value)
-    lora.trainer_of(lora.adapted(), BARS | {"sam_balance": balance}, poison, optim="sgd").train()
+    sam = BARS | {"sam_method_args": {"balance": balance}}
+    lora.trainer_of(lora.adapted(), sam, poison, optim="sgd").train()
     stepped = {n: poison.before[n] - lora.RATE * g for n, g in poison.grads.items()}
     first, middle = lora.factor("first", "B"), lora.factor("middle", "B")
     assert_close(poison.after[first], stepped[first], **EXACT)
@@ -308,9 +309,9 @@ def test_peft_config_of_trl(sam):
 REFUSED = [
     *((lora.deep, sam, r"Deep has none\. Allowed: get_peft_model") for sam in (BARS, BILORA)),
     *((lora.with_prompts, sam, r"PROMPT_TUNING\. Allowed: get") for sam in (BARS, BILORA)),
-    (lambda: lora.with_lora(nn.Embedding(4, 4)), BILORA, r"of the type Embedding\. Leave it out"),
-    (lambda: lora.with_lora(nn.Conv1d(4, 4, 1)), BILORA, r"of the type Conv1d\. Leave it out"),
-    (lora.two_adapters, BILORA, r"one adapter, and this one has default, ref\. Merge those"),
+    (lambda: lora.with_lora(nn.Embedding(4, 4)), BILORA, r"of the type Embedding\. Exclude it"),
+    (lambda: lora.with_lora(nn.Conv1d(4, 4, 1)), BILORA, r"of the type Conv1d\. Exclude it"),
+    (lora.two_adapters, BILORA, r"one adapter, and this one has default, ref\. Merge the"),
     (lora.twice, BILORA, r"named 'sam_ascent' already, .* model\.delete_adapter\('sam_ascent'\)"),
 ]
 
@@ -328,7 +329,7 @@ def test_an_optimizer_that_was_made_without_the_second_pair_is_refused():
     model = lora.headless()
     optimizers = torch.optim.SGD(model.parameters(), 0.1), None
     kwargs = {"args": arguments(), "train_dataset": examples(4), "optimizers": optimizers}
-    with pytest.raises(ValueError, match=r"passed in `optimizers`\. Let the trainer make it"):
+    with pytest.raises(ValueError, match=r"passed in `optimizers`\. Let the trainer create it"):
         SAMTrainer(model=model, sam_config=SAMConfig(**BILORA), **kwargs)
     assert not lora.second_pair(model)
 

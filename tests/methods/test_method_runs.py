@@ -44,6 +44,7 @@ def test_the_weights_are_those_of_the_paper_after_every_update(name, optimizer, 
     args, options = OPTIMIZERS[optimizer]
     twin = TwinRun(model, sam | {"sam_params": "" if chosen == "all" else chosen}, **options)
     updates = means(model, windows(data.rows, 3, steps))
+    every = twin.method_args.get("k", 1)
     _, spy, passes = trained(
         model,
         data,
@@ -57,7 +58,7 @@ def test_the_weights_are_those_of_the_paper_after_every_update(name, optimizer, 
         at_w_plus_e = passes.selected[update][-1]
         twin.update(shares, selected=at_w_plus_e)
         twin.assert_equals(spy.weights[update])
-        is_moved = update > 0 if name == "msam" else update % sam.get("sam_k", 1) == 0
+        is_moved = update > 0 if name == "msam" else update % every == 0
         if name == "esam":
             assert at_w_plus_e and set(at_w_plus_e) <= set(twin.chosen)
         else:
@@ -152,23 +153,23 @@ def test_a_parameter_that_comes_later_or_not_always_is_that_of_the_paper(name):
 
 
 @pytest.mark.parametrize(
-    ("sam", "expected"),
+    ("method", "args", "expected"),
     [
-        ({"sam_method": "gsam", "sam_alpha": 0.0}, {}),
-        ({"sam_method": "looksam", "sam_k": 1}, {}),
-        ({"sam_method": "looksam", "sam_k": 3, "sam_alpha": 0.0}, {"sam_interval": 3}),
-        ({"sam_method": "wsam", "sam_gamma": 0.5, "sam_decoupled": False}, {}),
-        ({"sam_method": "wsam", "sam_gamma": 0.0, "sam_decoupled": False}, {"sam_rho": 0.0}),
-        ({"sam_method": "wsam", "sam_gamma": 0.0}, {"sam_rho": 0.0}),
-        ({"sam_method": "friendly_sam", "sam_sigma": 0.0}, {}),
-        ({"sam_method": "vasso", "sam_theta": 1.0}, {}),
-        ({"sam_method": "esam", "sam_beta": 1.0}, {}),
+        ("gsam", {"alpha": 0.0}, {}),
+        ("looksam", {"k": 1}, {}),
+        ("looksam", {"k": 3, "alpha": 0.0}, {"sam_interval": 3}),
+        ("wsam", {"gamma": 0.5, "decoupled": False}, {}),
+        ("wsam", {"gamma": 0.0, "decoupled": False}, {"sam_rho": 0.0}),
+        ("wsam", {"gamma": 0.0}, {"sam_rho": 0.0}),
+        ("friendly_sam", {"sigma": 0.0}, {}),
+        ("vasso", {"theta": 1.0}, {}),
+        ("esam", {"beta": 1.0}, {}),
     ],
-    ids=lambda options: "-".join(f"{v}" for v in options.values()),
+    ids=lambda part: part if isinstance(part, str) else "-".join(f"{v}" for v in part.values()),
 )
 @pytest.mark.parametrize("steps", [1, 2])
-def test_at_its_limit_a_method_is_sam_or_plain_to_the_last_bit(sam, expected, steps):
-    model = Classifier(dropout=0.2)
+def test_at_its_limit_a_method_is_sam_or_plain_to_the_last_bit(method, args, expected, steps):
+    model, sam = Classifier(dropout=0.2), {"sam_method": method, "sam_method_args": args}
     other = copy.deepcopy(model)
     runs = []
     for each, options in ((model, sam), (other, expected)):

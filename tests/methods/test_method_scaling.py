@@ -84,7 +84,7 @@ def test_a_scale_that_changes_between_updates_changes_neither_weights_nor_decisi
 
 def ascent_of(sam: dict[str, Any], update: int) -> int:
     """The number of a forward pass: that of the update's second micro-batch at w."""
-    every = sam.get("sam_k", 1)
+    every = sam.get("sam_method_args", {}).get("k", 1)
     return sum(STEPS if each % every else 2 * STEPS for each in range(update)) + STEPS - 1
 
 

@@ -21,7 +21,7 @@ from applied import (
     tensors,
 )
 from applied_twins import TWINS
-from combinations import MOVING, WHOLE, every_method_and_scope
+from combinations import MOVING, WHOLE, every_method_and_scope, has_two_passes
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def assert_all_close(actual, expected, *, rtol=1e-12, atol=1e-15) -> None:
 
 def must_not_wait(monkeypatch) -> None:
     """Take the path of a device whose numbers cannot be read without waiting for it."""
-    for module in ("sam_hf.perturbation", "sam_hf.methods.lists"):
+    for module in ("sam_hf.engine.perturbation", "sam_hf.methods.lists"):
         monkeypatch.setattr(f"{module}.reading_is_free", lambda number: False)
 
 
@@ -133,7 +133,7 @@ def test_half_precision_weights_and_small_gradients_get_the_perturbation_of_the_
         outcome = method(half)
         # what rounding w + e to the narrow type may cost
         assert_all_close(outcome.e, e, rtol=0.01, atol=0.1 * torch.finfo(dtype).eps)
-        if not method.method.steps_too():  # such a step is swallowed by half precision
+        if not method.method.acts_on_step:  # such a step is swallowed by half precision
             assert_all_close(outcome.gradient, gradient, rtol=0.01, atol=2e-7)
 
 
@@ -217,7 +217,7 @@ def test_the_norm_is_that_of_the_parts_on_all_processes(name):
 def test_the_ascent_gradient_comes_back_from_the_perturbation(name):
     if METHODS[name].ascent_gradient is Method.ascent_gradient:
         # Then there is no `sam_grad_cosine`, and the docstring says so; but for one pass.
-        assert METHODS[name].has_one_pass() or "sam_grad_cosine" in METHODS[name].__doc__
+        assert not has_two_passes(METHODS[name]) or "sam_grad_cosine" in METHODS[name].__doc__
         return
     given, method = inputs(), Applied(name)
     e, chosen = method(given).e, method.chosen(0)
@@ -255,7 +255,7 @@ def test_after_a_zero_or_non_finite_gradient_all_is_as_if_it_had_never_come(
         must_not_wait(monkeypatch)
     numbers = (0, 5, 6, 7, 10)
     for position, number in enumerate(numbers):
-        if position == 0 and METHODS[name].has_plain_updates() and options is not WHOLE:
+        if position == 0 and METHODS[name].reuses and options is not WHOLE:
             continue  # the device alone knows that nothing is there to be reused
         disturbed, undisturbed = (Applied(name, options.get(name)) for _ in range(2))
         for each in numbers:
@@ -346,7 +346,7 @@ def test_a_training_run_never_shows_perturbed_weights(method, scope):
 
 @moves
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(method, scope, tmp_path):
-    interval = 1 if METHODS[method].has_plain_updates() else 2
+    interval = 1 if METHODS[method].reuses else 2
     sam = {"sam_method": method, "sam_scope": scope, "sam_rho": RHO, "sam_interval": interval}
 
     def run(resume=None, **args):

@@ -94,6 +94,7 @@ def test_the_recipes_of_the_repository_are_right():
         ),
         ({"sam_eta": 0.5}, "sam_eta=0.5 has no effect with sam_method='sam'"),
         ({"sam_interval": 0}, "sam_interval=0 is not allowed"),
+        ({"sam_method": "looksam", "sam_method_args": {"kk": 5}}, ".*sam_method_args.*'kk'"),
     ],
 )
 def test_a_wrong_option_of_a_recipe_is_refused(recipe, said, tmp_path):

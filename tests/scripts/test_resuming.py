@@ -14,7 +14,7 @@ from script_utils import InputError
 from train_image_classification import main
 
 from sam_hf import SAMTrainingArguments
-from sam_hf.options_file import changed_since
+from sam_hf.config.file import changed_since
 
 
 def resume(folder: Path, asked: str | None, **options: Any) -> str | None:
@@ -173,11 +173,11 @@ def test_a_checkpoint_of_another_model_and_another_radius_are_told(tmp_path, rec
     assert (tmp_path / "results.json").read_bytes() == results  # those of the run that was finished
     recwarn.clear()
     main([*again, "--sam_rho", "0.2"])
-    said = [str(w.message) for w in recwarn if "other options of SAM" in str(w.message)]
-    assert len(said) == 1 and said[0].endswith("begun with: sam_rho was 0.1 and is 0.2.")
+    said = [str(w.message) for w in recwarn if "SAM options that differ" in str(w.message)]
+    assert len(said) == 1 and said[0].endswith("the checkpoint's: sam_rho was 0.1 and is 0.2.")
     recwarn.clear()
     main([*options.split(), "3", "--resume_from_checkpoint", "last", "--sam_rho", "0.2"])
-    assert not [w for w in recwarn if "other options of SAM" in str(w.message)]
+    assert not [w for w in recwarn if "SAM options that differ" in str(w.message)]
     (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="checkpoint-6 cannot be loaded"):
         main([*options.split(), "4", "--resume_from_checkpoint", "last", "--sam_rho", "0.2"])

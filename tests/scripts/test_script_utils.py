@@ -119,11 +119,50 @@ def test_a_bad_yaml_is_refused_by_file_and_key_in_one_line(tmp_path, text, messa
         ("lr_scheduler_type: cosine", "lr_scheduler_type", "cosine"),
         ("warmup_steps: 1e-1", "warmup_steps", 0.1),
         ("sam_rho: 5e-2", "sam_rho", 0.05),
+        *(
+            (f"sam_method: {method}\nsam_method_args: {written}", "sam_method_args", value)
+            for method, written, value in (
+                ("looksam", "{k: 3, alpha: 5e-1}", {"k": 3, "alpha": 0.5}),
+                ("looksam", """{k: "3"}""", {"k": 3}),
+                ("looksam", "k=3,alpha=5e-1", {"k": 3, "alpha": 0.5}),
+                ("looksam", """'{"k": 3, "alpha": 5e-1}'""", {"k": 3, "alpha": 0.5}),
+                ("wsam", "{decoupled: false}", {"decoupled": False}),
+                ("wsam", "\n  gamma: 0.5\n  decoupled: false", {"gamma": 0.5, "decoupled": False}),
+                ("bar", "{balance: weights}", {"balance": "weights"}),
+            )
+        ),
     ],
 )
 def test_the_trainers_own_options_can_come_from_yaml(tmp_path, text, name, value):
     args = parse(tmp_path, text, "--output_dir", str(tmp_path), dataclass=SAMTrainingArguments)
     assert getattr(args, name) == value
+
+
+def test_options_of_a_method_on_the_command_line_win_over_those_of_the_yaml(tmp_path):
+    text = f"output_dir: {tmp_path}\nsam_method: looksam\nsam_method_args: {{k: 3, alpha: 0.5}}"
+    options = "--sam_method_args", "k=4"
+    args = parse(tmp_path, text, *options, dataclass=SAMTrainingArguments)
+    assert args.sam_method_args == {"k": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{kk: 3}", "'kk'"),
+        ("{k: 2.5}", "2.5"),
+        ("{k: 3, k: 4}", "'k' stands there twice"),
+        ("[k, 3]", "takes one value, got ['k', 3]"),
+        ("3", "takes text, got 3: put it in quotes"),
+        ("kk=3", "'kk'"),
+    ],
+)
+def test_bad_options_of_a_method_in_yaml_are_refused_in_one_line(tmp_path, text, message):
+    text = f"output_dir: {tmp_path}\nsam_method: looksam\nsam_method_args: {text}"
+    with pytest.raises(InputError) as error:
+        parse(tmp_path, text, dataclass=SAMTrainingArguments)
+    assert message in str(error.value)
+    assert "sam_method_args" in str(error.value) or "config.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

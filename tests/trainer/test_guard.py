@@ -81,7 +81,7 @@ def test_a_run_that_fails_keeps_no_inputs_of_the_update_that_it_left():
     )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert trainer._sam_run is None
+    assert trainer._sam_training is None
     gc.collect()
     assert len(Fails.inputs) == 2 and not any(ref() is not None for ref in Fails.inputs)
 

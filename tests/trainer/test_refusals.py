@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from sam_hf import SAMTrainer, with_sam
-from sam_hf.backends import refusals
+from sam_hf.distributed import validation
 
 LEFT_OFF = pytest.mark.parametrize("rho", [0.0, 0.1], ids=["off", "on"])
 
@@ -88,8 +88,8 @@ def fsdp1(trainer: Any) -> None:
 LAYOUTS = {
     "ZeRO-3": (deepspeed(3), "ZeRO stage 3.*zero_stage 0, 1 or 2.*FSDP2"),
     "FSDP1": (fsdp1, "fsdp_version=1.*Set fsdp_version=2"),
-    "context parallelism": (parallel(cp_enabled=True), "cut the inputs.*Set cp_size=1"),
-    "sequence parallelism": (parallel(sp_enabled=True), "cut the inputs.*sp_size=1"),
+    "context parallelism": (parallel(cp_enabled=True), "split the inputs.*Set cp_size=1"),
+    "sequence parallelism": (parallel(sp_enabled=True), "split the inputs.*sp_size=1"),
     "processes": (several_processes, "layout XLA.*2 processes.*Use DDP or FSDP2"),
 }
 
@@ -128,7 +128,9 @@ def test_fsdp_that_accelerate_has_dropped_raises_at_construction(by, rho, monkey
         if by == "options":  # with one process, the Trainer refuses the real one
             trainer.args.fsdp_plugin_args = {"fsdp_version": 2}
 
-    match = "FSDP was asked for.*nothing on cpu: these 2 processes.*with DDP.*Leave `fsdp` out"
+    match = (
+        "FSDP was requested.*does not shard on cpu: these 2 processes.*with DDP.*Leave `fsdp` out"
+    )
     build(rho, trainer_class=with_accelerator(says), match=match)
 
 
@@ -145,7 +147,7 @@ def test_reentrant_checkpointing_beside_deepspeed_raises_at_construction():
 
 @LEFT_OFF
 def test_sagemaker_model_parallelism_raises_at_construction(rho, monkeypatch):
-    monkeypatch.setattr(refusals, "is_sagemaker_mp_enabled", lambda: True)
+    monkeypatch.setattr(validation, "is_sagemaker_mp_enabled", lambda: True)
     build(rho, match="SageMaker.*without compute_loss.*Train without it")
 
 
@@ -230,7 +232,7 @@ def test_a_hook_that_consumes_the_gradients_inside_backward_raises_in_the_first_
 
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(consume)
-    with pytest.raises(RuntimeError, match=r"No perturbed parameter has a gradient.*sam_rho=0"):
+    with pytest.raises(RuntimeError, match=r"No parameter has a gradient.*optim.*sam_rho=0"):
         sam_trainer(model, examples(8)).train()
     assert_same_bits(model, before)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, fields
 
 import pytest
+from combinations import has_two_passes
 from tiny import Classifier, arguments, examples, sam_trainer
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -40,16 +42,6 @@ from sam_hf.methods import METHODS
         ("sam_start_ratio", 1.1, "a number from 0 to 1"),
         ("sam_ascent_fraction", 0.0, "a number above 0 to 1"),
         ("sam_ascent_fraction", 1.5, "a number above 0 to 1"),
-        ("sam_alpha", -0.1, "a finite number from 0 up"),
-        ("sam_k", 0, "a whole number from 1 up"),
-        ("sam_gamma", 1.0, "a number from 0 below 1"),
-        ("sam_decoupled", 0, "True or False"),
-        ("sam_sigma", -1.0, "a finite number from 0 up"),
-        ("sam_ema_decay", 1.0, "a number from 0 below 1"),
-        ("sam_theta", 0.0, "a number above 0 to 1"),
-        ("sam_beta", 1.1, "a number above 0 to 1"),
-        ("sam_rank", 1.0, "a whole number from 1 up"),
-        ("sam_balance", "gradient", "one of 'gradients', 'weights'"),
         ("sam_trigger", "norm", "one of 'always', 'gradient_norm'"),
         ("sam_trigger_start", float("inf"), "a finite number"),
         ("sam_trigger_end", float("nan"), "a finite number"),
@@ -103,18 +95,206 @@ def test_an_option_that_another_one_lets_do_nothing_warns(options, message):
         SAMConfig(**options)
 
 
+# ---- Options of one method ----------------------------------------------------------------------
+
+# As a dictionary, and as it may stand on the command line.
+METHOD_ARGS = [
+    ("gsam", {"alpha": 0.4}, "alpha=0.4"),
+    ("gsam", {"alpha": 1}, "alpha=1"),
+    ("looksam", {"k": 3, "alpha": 0.5}, "k=3,alpha=0.5"),
+    ("looksam", {"alpha": 0.001}, "alpha=1e-3"),
+    ("wsam", {"gamma": 0.5, "decoupled": False}, "gamma=0.5, decoupled=false"),
+    ("wsam", {"decoupled": True}, "decoupled=True"),
+    ("friendly_sam", {"sigma": 0.0, "ema_decay": 0.6}, "sigma=0.0,ema_decay=0.6"),
+    ("vasso", {"theta": 1.0}, "theta=1.0"),
+    ("esam", {"beta": 0.3}, "beta=0.3"),
+    ("bilora", {"rank": 4}, "rank=4"),
+    ("bar", {"balance": "weights"}, "balance=weights"),
+]
+METHOD_DEFAULTS = {
+    "gsam": {"alpha": 0.6},
+    "looksam": {"k": 5, "alpha": 0.7},
+    "wsam": {"gamma": 0.9, "decoupled": True},
+    "friendly_sam": {"sigma": 1.0, "ema_decay": 0.9},
+    "vasso": {"theta": 0.9},
+    "esam": {"beta": 0.6},
+    "bilora": {"rank": 8},
+    "bar": {"balance": "gradients"},
+}
+
+
+@pytest.mark.parametrize(("method", "args", "text"), METHOD_ARGS)
+def test_options_of_a_method_are_a_dictionary_json_or_pairs_and_mean_the_same(method, args, text):
+    given = dict(args)
+    for written in (given, json.dumps(args), text):
+        config = SAMConfig(sam_method=method, sam_method_args=written)
+        assert config.sam_method_args == args
+        built = config.build_method()
+        for name, value in (METHOD_DEFAULTS[method] | args).items():
+            assert getattr(built, name) == value
+            assert isinstance(getattr(built, name), bool) == isinstance(value, bool)
+    assert given == args
+
+
+@pytest.mark.parametrize(("method", "defaults"), METHOD_DEFAULTS.items())
+def test_options_of_a_method_that_are_not_given_have_its_defaults(method, defaults):
+    for written in ({}, None):
+        built = SAMConfig(sam_method=method, sam_method_args=written).build_method()
+        assert {name: getattr(built, name) for name in defaults} == defaults
+
+
+def refused(**options) -> str:
+    """The error's message, the same of both classes of options."""
+    messages = []
+    for build in (SAMConfig, lambda **kw: SAMTrainingArguments(output_dir="unused", **kw)):
+        with pytest.raises(ValueError) as caught:
+            build(**options)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+    assert "sam_method_args" in messages[0]
+    return messages[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "args", "unknown"),
+    [
+        ("gsam", {"alhpa": 0.4}, "alhpa"),
+        ("gsam", "alhpa=0.4", "alhpa"),
+        ("gsam", '{"alhpa": 0.4}', "alhpa"),
+        ("looksam", {"k": 3, "gamma": 0.5}, "gamma"),
+        ("looksam", {"sam_k": 3}, "sam_k"),
+        ("asam", {"adaptive": 0.1}, "adaptive"),
+        ("sam", {"alpha": 0.4}, "alpha"),
+        ("msam", {"alpha": 0.4}, "alpha"),
+        ("sam", "alpha=0.4", "alpha"),
+    ],
+)
+def test_an_option_that_the_method_does_not_have_is_refused_with_those_that_it_has(
+    method, args, unknown
+):
+    message = refused(sam_method=method, sam_method_args=args)
+    assert repr(unknown) in message and repr(method) in message
+    rest = message.replace(repr(unknown), "")
+    assert all(f"'{name}'" in rest for name in METHOD_DEFAULTS.get(method, ()))
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "allowed"),
+    [
+        ("gsam", "alpha", -0.1, "a finite number from 0 up"),
+        ("gsam", "alpha", float("nan"), "a finite number from 0 up"),
+        ("gsam", "alpha", "0.4", "a finite number from 0 up"),
+        ("gsam", "alpha", True, "a finite number from 0 up"),
+        ("gsam", "alpha", [0.4], "a finite number from 0 up"),
+        ("looksam", "k", 0, "a whole number from 1 up"),
+        ("looksam", "k", 2.0, "a whole number from 1 up"),
+        ("looksam", "k", "2", "a whole number from 1 up"),
+        ("looksam", "k", True, "a whole number from 1 up"),
+        ("looksam", "alpha", -0.1, "a finite number from 0 up"),
+        ("wsam", "gamma", 1.0, "a number from 0 below 1"),
+        ("wsam", "decoupled", 0, "True or False"),
+        ("wsam", "decoupled", "false", "True or False"),
+        ("friendly_sam", "sigma", -1.0, "a finite number from 0 up"),
+        ("friendly_sam", "ema_decay", 1.0, "a number from 0 below 1"),
+        ("vasso", "theta", 0.0, "a number above 0 to 1"),
+        ("esam", "beta", 1.1, "a number above 0 to 1"),
+        ("bilora", "rank", 1.0, "a whole number from 1 up"),
+        ("bar", "balance", "gradient", "one of 'gradients', 'weights'"),
+        ("bar", "balance", 1, "one of 'gradients', 'weights'"),
+    ],
+)
+def test_a_bad_value_of_an_option_of_a_method_is_refused_with_what_is_allowed(
+    method, name, value, allowed
+):
+    message = refused(sam_method=method, sam_method_args={name: value})
+    assert name in message and repr(value) in message and allowed in message
+
+
+@pytest.mark.parametrize(
+    ("method", "written"),
+    [
+        ("looksam", "k"),
+        ("looksam", "k=3,alpha"),
+        ("looksam", "k=2.5"),
+        ("looksam", "k=three"),
+        ("looksam", '{"k": 3'),
+        ("looksam", "{k: 3}"),
+        ("looksam", '["k"]'),
+        ("looksam", ["k"]),
+        ("looksam", 3),
+        ("wsam", "decoupled=maybe"),
+        ("gsam", "alpha=high"),
+    ],
+)
+def test_what_is_no_dictionary_and_no_text_of_one_is_refused(method, written):
+    refused(sam_method=method, sam_method_args=written)
+
+
+@pytest.mark.parametrize("name", sorted({n for names in METHOD_DEFAULTS.values() for n in names}))
+def test_an_option_of_one_method_is_no_field(name):
+    for build in (SAMConfig, lambda **kw: SAMTrainingArguments(output_dir="unused", **kw)):
+        with pytest.raises(TypeError, match=rf"sam_{name}.*sam_method_args"):
+            build(**{f"sam_{name}": 1})
+
+
+@pytest.mark.parametrize(("method", "args", "text"), METHOD_ARGS)
+def test_options_of_a_method_on_the_command_line(method, args, text, tmp_path):
+    line = ["--output_dir", str(tmp_path), "--sam_method", method, "--sam_method_args"]
+    for written in (text, json.dumps(args)):
+        parser = HfArgumentParser((SAMConfig, TrainingArguments))
+        config, _ = parser.parse_args_into_dataclasses([*line, written])
+        (one,) = HfArgumentParser(SAMTrainingArguments).parse_args_into_dataclasses(
+            [*line, written]
+        )
+        assert config.sam_method_args == one.sam_method_args == args
+
+
+@pytest.mark.parametrize(
+    "written", ["alpha: 0.4", "'alpha=0.4'", "'{\"alpha\": 0.4}'"], ids=["mapping", "text", "json"]
+)
+def test_options_of_a_method_in_a_yaml_file(written, tmp_path):
+    path = tmp_path / "run.yaml"
+    lines = [f"output_dir: {tmp_path}", "sam_method: gsam", f"sam_method_args:\n  {written}"]
+    path.write_text("\n".join(lines))
+    (args,) = HfArgumentParser(SAMTrainingArguments).parse_yaml_file(str(path))
+    assert args.sam_method_args == {"alpha": 0.4}
+    again = SAMTrainingArguments(**args.to_dict())
+    assert again.sam_method_args == {"alpha": 0.4}
+
+
+@pytest.mark.parametrize("written", [{"k": 3, "alpha": 0.5}, "k=3,alpha=0.5"])
+def test_options_of_a_method_are_saved_as_a_json_object_and_read_again(written, tmp_path):
+    config = SAMConfig(sam_method="looksam", sam_method_args=written)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "sam_config.json").read_text())
+    assert saved["sam_method_args"] == {"k": 3, "alpha": 0.5}
+    assert SAMConfig.from_pretrained(tmp_path) == config
+    other = SAMConfig.from_pretrained(tmp_path, sam_method_args={"k": 2})
+    assert other.sam_method_args == {"k": 2}
+
+
+def test_options_of_a_method_that_are_changed_before_a_run_are_checked_again():
+    config = SAMConfig(sam_method="looksam", sam_method_args={"k": 3})
+    trainer = sam_trainer(Classifier(), examples(4), sam=config, max_steps=1)
+    config.sam_method_args = {"k": 0}
+    with pytest.raises(ValueError, match=r"sam_method_args.*a whole number from 1 up"):
+        trainer.train()
+
+
+# ---- Options together ---------------------------------------------------------------------------
+
 # Options that exclude each other: the one that is named, and for which methods.
 EXCLUDED = [
-    ({"sam_scope": "micro_batch"}, lambda m: m.keeps_gradient() or m.has_one_pass()),
+    ({"sam_scope": "micro_batch"}, lambda m: m.combines or not has_two_passes(m)),
     (
         {"sam_trigger": "gradient_norm"},
-        lambda m: m.has_one_pass() or m.has_plain_updates(),
+        lambda m: not has_two_passes(m) or m.reuses,
     ),
     ({"sam_scope": "micro_batch", "sam_trigger": "gradient_norm"}, lambda m: True),
-    ({"sam_ascent_fraction": 0.5}, lambda m: m.keeps_gradient() or m.has_one_pass()),
+    ({"sam_ascent_fraction": 0.5}, lambda m: m.combines or not has_two_passes(m)),
     ({"sam_ascent_fraction": 0.5, "sam_trigger": "gradient_norm"}, lambda m: True),
     ({"sam_params": "norms"}, lambda m: not m.perturbs),
-    ({"sam_interval": 2}, lambda m: m.has_plain_updates() or m.needs_auxiliary),
+    ({"sam_interval": 2}, lambda m: m.reuses or m.needs_auxiliary),
     ({"sam_start_ratio": 0.5}, lambda m: m.needs_auxiliary),
     ({"sam_rho_warmup_ratio": 0.5}, lambda m: m.needs_auxiliary),
     ({"sam_rho_schedule": "learning_rate"}, lambda m: m.needs_auxiliary),

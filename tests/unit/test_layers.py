@@ -1,10 +1,11 @@
-"""Imports go one way, and importing the package is quick."""
+"""Imports between the folders of the package go one way, and importing the package is quick."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,93 +15,112 @@ import sam_hf
 PACKAGE = Path(sam_hf.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each module may import those before it in this list, and no other one of the package.
-ORDER = [
-    "",  # the package itself: its version
-    "methods",
-    "params",
-    "side_effects",
-    "replay",
-    "loss_scale",
-    "perturbation",
-    "options_file",
-    "checks",
-    "exclusions",
-    "config",
-    "model_card",
-    "publishing",
-    "adapters",
-    "backends",
-    "schedule",
-    "readings",
-    "sampling",
-    "memory",
-    "combination",
-    "run",
-    "integrations",
-    "guard",
-    "update",
-    "trainer",
-    "diagnostics",
-    "cli_arguments",
-    "cli",
-]
+# The folders that the files of a folder may import from, besides their own and the version in
+# `sam_hf/__init__.py`.
+ALLOWED = {
+    "methods": set(),
+    "config": {"methods"},
+    "engine": {"config", "methods"},
+    "distributed": {"engine", "methods"},
+    "hub": {"config", "engine", "methods"},
+    "trainer": {"engine", "distributed", "hub", "config", "methods"},
+    "diagnostics": {"trainer", "engine", "distributed", "hub", "config", "methods"},
+    "cli": {"diagnostics", "trainer", "engine", "distributed", "hub", "config", "methods"},
+}
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 
 
-def imports(path):
-    """The imported modules: ('.name' for one of this package, however deep) and top-level names."""
-    inside, outside = set(), set()
+def imported(path: Path) -> Iterator[str]:
+    """Absolute names of everything that a file imports: modules, and names in them."""
+    package = [PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            outside |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level > len(path.relative_to(PACKAGE).parts) - 1:  # not of its own folder
-                inside.add(node.module or "")
-            elif node.level:
-                continue
-            else:
-                outside.add(node.module)
-    return inside, outside
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*parent, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def layer(path):
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+def folder_of(path: Path) -> str:
+    """The folder directly below the package; "" for a file of the package itself."""
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
 
 
-MATHS = [
-    path
-    for path in FILES
-    if layer(path) in ("methods", "replay", "params", "side_effects", "perturbation")
-]
+def is_below(name: str, *modules: str) -> bool:
+    """Whether a name is one of the modules, or in one of them."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
-@pytest.mark.parametrize("path", MATHS, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_maths_imports_torch_alone(path):
-    _, outside = imports(path)
-    foreign = {name.split(".")[0] for name in outside} - set(sys.stdlib_module_names) - {"torch"}
-    assert not foreign
+def test_every_folder_has_its_place_in_the_order_and_no_two_import_each_other():
+    assert {folder_of(path) for path in FILES} - {""} == set(ALLOWED)
+    below = {""}
+    for folder, allowed in sorted(ALLOWED.items(), key=lambda item: len(item[1])):
+        assert allowed <= below, folder
+        below.add(folder)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_one_way(path):
-    if layer(path) == "__init__":
+@each_file
+def test_a_file_imports_only_from_folders_below_its_own(path):
+    folder = folder_of(path)
+    if not folder:
+        return  # the package itself re-exports from everywhere, on first access
+    inside = {name.split(".")[1] for name in imported(path) if is_below(name, "sam_hf")}
+    assert inside - {"__version__"} <= ALLOWED[folder] | {folder}
+
+
+@each_file
+def test_the_methods_import_torch_alone(path):
+    if folder_of(path) != "methods":
         return
-    inside, _ = imports(path)
-    allowed = ORDER[: ORDER.index(layer(path))]
-    assert {name.split(".")[0] for name in inside} <= set(allowed)
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "sam_hf"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_the_backends_know_of_processes(path):
-    _, outside = imports(path)
-    known = {name for name in outside if name.startswith(("torch.distributed", "accelerate"))}
-    assert not known or layer(path) == "backends"
+@each_file
+def test_the_engine_knows_no_trainer(path):
+    if folder_of(path) != "engine":
+        return
+    outside = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert outside <= {"torch", "safetensors", "sam_hf"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_stay_short(path):
-    assert len(path.read_text().splitlines()) <= 350
+@each_file
+def test_only_one_folder_knows_of_processes(path):
+    known = {name for name in imported(path) if is_below(name, "torch.distributed", "accelerate")}
+    assert not known or folder_of(path) == "distributed"
+
+
+def test_imports_are_found_however_they_are_written(tmp_path, monkeypatch):
+    """The tests above see what they are to refuse."""
+    lines = [
+        "from .. import cli",
+        "from ..trainer.mixin import SAMTrainer",
+        "from . import layout",
+        "import torch.distributed as dist",
+        "from torch import distributed",
+        "def late():\n    from accelerate.utils import DistributedType",
+    ]
+    path = tmp_path / "sam_hf" / "engine" / "bad.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join(lines))
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path / "sam_hf")
+    assert set(imported(path)) == {
+        "sam_hf.cli",
+        "sam_hf.trainer.mixin.SAMTrainer",
+        "sam_hf.engine.layout",
+        "torch.distributed",
+        "accelerate.utils.DistributedType",
+    }
+    for test in (
+        test_a_file_imports_only_from_folders_below_its_own,
+        test_the_engine_knows_no_trainer,
+        test_only_one_folder_knows_of_processes,
+    ):
+        with pytest.raises(AssertionError):
+            test(path)
 
 
 def test_import_of_the_package_loads_neither_torch_nor_the_trainer():

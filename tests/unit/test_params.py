@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from sam_hf.params import parameter_groups, select_parameters, sparse_parameters
+from sam_hf.engine.parameters import parameter_groups, select_parameters, sparse_parameters
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -16,7 +16,7 @@ from transformers import Trainer
 from twin_runs import means
 
 from sam_hf import SAMConfig, SAMTrainer, with_sam
-from sam_hf.schedule import describe_cost, expected_passes, learning_rate_share, rho_at
+from sam_hf.engine.schedule import describe_cost, expected_passes, learning_rate_share, rho_at
 
 sys.path.insert(0, str(DISTRIBUTED))
 
@@ -126,10 +126,10 @@ COSTS = [
     {"sam_method": "sam", "sam_interval": 2, "sam_start_ratio": 0.35, "sam_ascent_fraction": 0.25},
     {"sam_method": "sam", "sam_ascent_fraction": 0.5, "sam_scope": "micro_batch"},
     {"sam_method": "sam", "sam_params": "norms", "sam_interval": 4},
-    {"sam_method": "looksam", "sam_k": 3},
-    {"sam_method": "looksam", "sam_k": 4, "sam_start_ratio": 0.2},
-    {"sam_method": "looksam", "sam_k": 4, "sam_start_ratio": 1.0},
-    {"sam_method": "looksam", "sam_k": 20},
+    {"sam_method": "looksam", "sam_method_args": {"k": 3}},
+    {"sam_method": "looksam", "sam_method_args": {"k": 4}, "sam_start_ratio": 0.2},
+    {"sam_method": "looksam", "sam_method_args": {"k": 4}, "sam_start_ratio": 1.0},
+    {"sam_method": "looksam", "sam_method_args": {"k": 20}},
     {"sam_method": "msam"},
     {"sam_method": "msam", "sam_start_ratio": 0.5},
     {"sam_method": "esam", "sam_start_ratio": 0.5},
@@ -138,7 +138,7 @@ COSTS = [
     {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5},
     {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5, "sam_interval": 3},
     {"sam_method": "sam", "sam_rho_warmup_ratio": 0.5, "sam_start_ratio": 0.35},
-    {"sam_method": "looksam", "sam_k": 3, "sam_rho_warmup_ratio": 0.5},
+    {"sam_method": "looksam", "sam_method_args": {"k": 3}, "sam_rho_warmup_ratio": 0.5},
 ]
 
 
@@ -164,7 +164,7 @@ def test_the_passes_that_are_expected_are_those_that_are_made_and_logged(sam):
 
 
 def test_the_passes_in_the_log_are_the_mean_since_the_last_log():
-    sam = {"sam_method": "looksam", "sam_k": 3}
+    sam = {"sam_method": "looksam", "sam_method_args": {"k": 3}}
     trainer, _, _ = trained(Classifier(), examples(16), sam, max_steps=8, logging_steps=4)
     logged = [e["sam_passes_per_update"] for e in trainer.state.log_history if "loss" in e]
     assert logged == [6 / 4, 5 / 4]
@@ -219,7 +219,7 @@ WHOLE = [
     {"sam_method": "asam", "sam_scope": "micro_batch"},
     {"sam_method": "sam", "sam_interval": 2},
     {"sam_method": "sam", "sam_ascent_fraction": 0.5},
-    {"sam_method": "looksam", "sam_k": 3},
+    {"sam_method": "looksam", "sam_method_args": {"k": 3}},
     {"sam_method": "gsam", "sam_params": "norms"},  # needs the whole g
     {"sam_method": "msam"},
     {"sam_method": "sam", "sam_trigger": "gradient_norm", "sam_params": "norms"},
@@ -275,7 +275,7 @@ def test_small_micro_batches_are_left_out_whole_and_the_line_says_what_is_taken(
     assert made == pytest.approx([1 + share] * 4)
     (line,) = [x for x in capfd.readouterr().err.splitlines() if "forward-backward" in x]
     assert f"of {1 + share:.4g} forward" in line
-    assert ("sam_ascent_fraction=0.25 takes" in line) == (share > 0.25)
+    assert ("sam_ascent_fraction=0.25 is rounded up to" in line) == (share > 0.25)
 
 
 def test_a_learning_rate_that_warms_up_from_0_leaves_the_first_update_plain(capfd):

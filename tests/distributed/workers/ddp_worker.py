@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
 
@@ -21,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback
 
 from sam_hf import SAMConfig, SAMTrainer
+from sam_hf.distributed import ddp
 
 torch.set_num_threads(1)
 # Each `train()` begins with a full garbage collection: spare it what the imports left.
@@ -103,7 +105,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     watch.trainer = trainer
     # The Trainer has no option for it.
     trainer.accelerator.ddp_handler.gradient_as_bucket_view = case.get("bucket_views", False)
-    trainer.train()
+    with patch.object(ddp, "_BUCKET_BYTES", case.get("bucket_bytes", ddp._BUCKET_BYTES)):
+        trainer.train()
     return {
         "world_size": dist.get_world_size(),
         "wrapper": type(unwrapped(trainer.model_wrapped)).__name__,

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from sam_hf import SAMConfig, SAMTrainer
-from sam_hf.params import plain
+from sam_hf.engine.parameters import canonical_name
 
 torch.set_num_threads(1)
 LLAMA = LlamaConfig(
@@ -62,7 +62,7 @@ def local(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def whole(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The trained parameters, put together from all processes."""
     return {
-        plain(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        canonical_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
         if p.requires_grad
     }

@@ -1,0 +1,38 @@
+"""The command `sam-hf`: sharpness measures and loss landscapes of saved models."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from .arguments import build_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: exit code 0, 2 after an error of the user, 130 after an interrupt."""
+    arguments = build_parser().parse_args(argv)
+    import torch  # after the parser, so that --help is fast
+
+    try:
+        with warnings.catch_warnings():
+            # One line for each warning, without the source line that raised it.
+            warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
+            from .commands import run
+
+            run(arguments)
+        return 0
+    except ImportError as error:
+        problem = f"{error}: pip install 'sam-hf[diagnostics]'"
+    except ValueError as error:
+        problem = " ".join(str(error).split())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        problem = f"{error.filename or 'the output'} cannot be written or read: {reason}"
+    except torch.OutOfMemoryError as error:
+        problem = f"--batch_size {arguments.batch_size}: {str(error).splitlines()[0]}"
+    except KeyboardInterrupt:
+        is_resumable = arguments.command == "landscape"
+        hint = ": run the same command again to resume" if is_resumable else ""
+        print(f"\ninterrupted{hint}", file=sys.stderr)
+        return 130
+    print(f"sam-hf: error: {problem}", file=sys.stderr)
+    return 2

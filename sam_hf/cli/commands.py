@@ -1,0 +1,145 @@
+"""The subcommands of `sam-hf`."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..config.file import replacing
+from ..diagnostics.landscape import scan
+from ..diagnostics.objective import Objective
+from ..diagnostics.planes import connecting_plane, eigenvector_plane, random_plane
+from ..diagnostics.plots import plot_landscapes
+from ..diagnostics.report import Plan, iter_measures
+from .data import DataOptions, load_batches
+from .models import import_plugin, load_model
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Import the plugins and run the subcommand."""
+    for plugin in arguments.plugin:
+        import_plugin(plugin)
+    command = _sharpness if arguments.command == "sharpness" else _landscape
+    command(arguments)
+
+
+def _sharpness(arguments: argparse.Namespace) -> None:
+    plan = Plan(**_fields_of(Plan, arguments))
+    objective = _objective(arguments, arguments.model)
+    folder = _output_folder(arguments, f"outputs/sharpness/{Path(arguments.model).name}")
+    file = folder / "sharpness.json"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    result = {
+        "model": arguments.model,
+        "data": arguments.data,
+        "examples": objective.example_count,
+        "parameters": objective.parameter_count,
+        "options": {k: v for k, v in vars(arguments).items() if k not in ("command", "model")},
+        "versions": versions | {"sam_hf": __version__},
+    }
+    try:
+        existing = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        existing = result
+    for key in ("model", "data"):  # the name of another model may end like this one's
+        if existing.get(key) != result[key]:
+            raise ValueError(
+                f"{file} holds the measures of {key} {existing.get(key)!r}, not {result[key]!r}: "
+                "choose another --output_dir, or delete it"
+            )
+    measures: dict[str, float] = {}
+    with tqdm(desc="measures", unit="") as bar:
+        for part in iter_measures(objective, plan):
+            measures |= part
+            finite = {name: x if math.isfinite(x) else None for name, x in measures.items()}
+            result |= {"hessian_products": objective.products, "measures": finite}
+            with replacing(file) as partial:  # after each measure, so that an interrupt loses none
+                partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            bar.set_postfix_str(next(iter(part)))
+            bar.update()
+    width = max(map(len, measures))
+    for name, value in measures.items():
+        print(f"{name:<{width}}  {value:.6g}")
+    print(f"\nsaved in {folder}: {file.name}")
+
+
+def _landscape(arguments: argparse.Namespace) -> None:
+    names, arguments.data = _models_and_data([arguments.model, *arguments.more])
+    span, points, seed = arguments.span, arguments.points, arguments.seed
+    is_between = arguments.directions == "between"
+    if is_between and len(names) != 2:
+        raise ValueError(f"--directions between needs two models, got {len(names)}: {names}")
+    if is_between and arguments.dimensions == 2:
+        raise ValueError("--dimensions 2 is not allowed with --directions between. Allowed: 1")
+    if not 0 < span < math.inf:
+        raise ValueError(f"--span {span} is not allowed. Allowed: a finite number > 0")
+    dimensions = arguments.dimensions or (1 if is_between else 2)
+    low, high = (-span / 2, 1 + span / 2) if is_between else (-span, span)
+    axis = [low + (high - low) * i / (points - 1) for i in range(points)]
+    folder = _output_folder(arguments, "outputs/landscape")
+    plot = folder / f"landscape_{arguments.directions}_{dimensions}d"
+    landscapes = []
+    labels = _short_names(names)
+    for number, name in enumerate(names[:1] if is_between else names):
+        objective, label = _objective(arguments, name), labels[number]
+        if is_between:
+            label = " to ".join(labels)
+            plane = connecting_plane(objective, load_model(names[1]))
+            plane = replace(plane, labels=[f"from {labels[0]} (0) to {labels[1]} (1)"])
+        elif arguments.directions == "eigenvectors":
+            iterations = arguments.iterations
+            plane = eigenvector_plane(objective, dimensions, iterations=iterations, seed=seed)
+        else:
+            plane = random_plane(objective, dimensions, seed=seed)
+        file = plot.with_name(f"{plot.name}_{number + 1}.parquet")
+        landscapes.append(scan(objective, plane, [axis] * dimensions, name=label, path=file))
+    files = plot_landscapes(landscapes, plot)
+    print(f"saved in {folder}: {', '.join(f.name for f in files)} and the losses as parquet")
+
+
+def _models_and_data(words: Sequence[str]) -> tuple[list[str], str]:
+    """Split MODEL [MODEL2] [DATA]. The second of two is a model if it is a saved model's folder."""
+    if len(words) > 3:
+        raise ValueError(f"expected MODEL [MODEL2] [DATA], got {len(words)} names: {list(words)}")
+    has_data = len(words) == 3 or not (Path(words[-1]) / "config.json").exists()
+    return (list(words[:-1]), words[-1]) if len(words) > 1 and has_data else (list(words), "digits")
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Shortest trailing parts of the paths that tell them apart."""
+    parts = [Path(name).parts for name in names]
+    lengths = range(1, max(map(len, parts)) + 1)
+    candidates = (["/".join(part[-length:]) for part in parts] for length in lengths)
+    return next((short for short in candidates if len(set(short)) == len(short)), list(names))
+
+
+def _objective(arguments: argparse.Namespace, name: str) -> Objective:
+    """Objective of the named model, with the data and the device of the arguments."""
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(name)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    batches = load_batches(DataOptions(**_fields_of(DataOptions, arguments)), model)
+    return Objective(model, batches, params=arguments.params)
+
+
+def _fields_of(dataclass: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass."""
+    given = vars(arguments)
+    return {f.name: given[f.name] for f in fields(dataclass) if f.name in given}
+
+
+def _output_folder(arguments: argparse.Namespace, default: str) -> Path:
+    folder = Path(arguments.output_dir or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

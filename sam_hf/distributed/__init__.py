@@ -1,0 +1,34 @@
+"""Layouts of processes and shards: what each of them needs done differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .ddp import DDPLayout
+from .deepspeed import DeepSpeedLayout
+from .fsdp2 import FSDP2Layout, reshard
+from .validation import validate_layout
+
+__all__ = ["DDPLayout", "layout_for", "reshard", "validate_layout"]
+
+
+def layout_for(trainer: Any, weights: Sequence[nn.Parameter]) -> DDPLayout:
+    """The layout of a Trainer that has prepared its model, with these perturbed parameters."""
+    args, model, wrapped = trainer.args, trainer.model, trainer.model_wrapped
+    is_compiled = bool(args.torch_compile) or any(map(_is_compiled, wrapped.modules()))
+    options = (weights, model, wrapped, trainer.accelerator, args.n_gpu, is_compiled)
+    if trainer.is_deepspeed_enabled:
+        return DeepSpeedLayout(*options)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        sharding = getattr(getattr(model, "config", None), "distributed_config", None)
+        n_replicas = getattr(sharding, "dp_replicate_size", None) or 1
+        return FSDP2Layout(*options, has_replicas=n_replicas > 1)
+    return DDPLayout(*options)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

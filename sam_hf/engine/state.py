@@ -1,0 +1,526 @@
+"""State that a training pass reads and writes outside of the gradients: captured, restored.
+
+The pass at w + e repeats a pass at w. Counters, metric lists, running statistics, memory banks and
+the like must change once for each batch, and the repeated pass must find them as the first pass
+found them.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Exact types: subclasses may forbid what restoring does (`ModelOutput.update` raises).
+_CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
+# What an object may hold besides containers and arrays and still be taken for a meter or metric.
+_PLAIN: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Enum,
+    PurePath,
+    tuple,
+    Tensor,
+    type(None),
+)
+_PLAIN += (torch.device, torch.dtype)
+_CODE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial)
+# Longer containers are copied only if a pass was seen to change their entries: what it appends is
+# known from the length.
+_LONG = 4096
+# Entries of longer containers are not visited at all: they are data.
+_VERY_LONG = 65536
+# Larger tensors are copied only if passes write them.
+_SMALL_BYTES = 65536
+
+
+@contextmanager
+def always_restore(undo: Callable[[], None]) -> Iterator[None]:
+    """Call `undo` at the end of the block, however it ends.
+
+    An interrupt (Ctrl-C) may come in the middle of `undo`, or between `finally` and its first line:
+    then it is called again. It must be idempotent.
+    """
+    is_undone = False
+    try:
+        try:
+            yield
+        finally:
+            undo()
+            is_undone = True
+    finally:
+        if not is_undone:
+            undo()
+
+
+@contextmanager
+def patched(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Set attributes of one object, such as functions in place of its methods, during the block."""
+    namespace = vars(owner)
+    before = {name: namespace[name] for name in attributes if name in namespace}
+
+    def undo() -> None:
+        for name in attributes:
+            namespace.pop(name, None)
+        namespace.update(before)
+
+    with always_restore(undo):
+        namespace.update(attributes)
+        yield
+
+
+class StateTracker:
+    """Finds the state that a pass may write, and captures what passes do write.
+
+    Tracked are the attributes of the owners; the containers, meters (objects that hold plain
+    values), tensors, arrays and random generators in them; and the buffers, frozen weights and
+    attributes of modules: those given, and those that an owner holds, such as a teacher. Other
+    objects (datasets, optimizers, callbacks) are not entered.
+
+    What exists is found once, by walking everything. The first capture copies all of it. After
+    that, large tensors and long containers are copied only if passes write them, which `observe`
+    learns from the first pass by comparison, and later from version counters and lengths.
+
+    Args:
+        owners: objects whose attributes are tracked.
+        modules: modules whose buffers, frozen weights and attributes are tracked.
+        skip: names of attributes of the owners that are not state.
+        ignored: modules, and trained parameters, that are not tracked even if an owner holds them.
+    """
+
+    def __init__(
+        self,
+        owners: Iterable[Any],
+        modules: Iterable[nn.Module] = (),
+        skip: Collection[str] = (),
+        ignored: Iterable[Any] = (),
+    ) -> None:
+        self.skip = frozenset(skip)
+        self.roots = [_Attributes(vars(owner), self.skip) for owner in owners]
+        self._seen = {id(x) for x in (*(root.namespace for root in self.roots), *ignored)}
+        self._containers: list[Any] = []
+        self._rewritten: set[int] = set()  # ids of long containers
+        self._of_layers: set[int] = set()  # ids of the attributes of PyTorch's layers
+        self._copied: list[Tensor] = []
+        self._watched: list[Tensor] = []  # large ones that no pass was seen to write
+        self._arrays: list[Any] = []
+        self._large_arrays: list[Any] = []
+        self._generators: list[Any] = []
+        self._is_first = True
+        self._latest: Sequence[tuple[Any, Any]] = ()  # containers, as the latest capture found them
+        self._large_frozen: list[Tensor] = []
+        for module in modules:
+            self._add_module(module)
+        self._find_new()
+        frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
+        trained = sum(x.nbytes for x in ignored if isinstance(x, nn.Parameter))
+        if sum(t.nbytes for t in frozen) > trained:
+            # A copy of a base model under adapters would not fit the memory budget: their norms
+            # tell whether the first pass writes them.
+            self._large_frozen = frozen
+
+    # ---- What there is -----------------------------------------------------------------------
+
+    def _visit(self, value: Any) -> None:
+        if isinstance(value, _CODE) or id(value) in self._seen:
+            return
+        if isinstance(value, Tensor):
+            self._add_tensor(value)
+        elif _is_array(value):
+            self._seen.add(id(value))
+            if value.flags.writeable:
+                is_known = value.nbytes <= _SMALL_BYTES or not self._is_first
+                (self._arrays if is_known else self._large_arrays).append(value)
+        elif type(value) in _CONTAINERS:
+            self._add_container(value)
+        elif isinstance(value, tuple):
+            self._visit_all(value)
+        elif isinstance(value, nn.Module):
+            for module in value.modules():
+                self._add_module(module)
+        elif get_generator_state(value) is not None:
+            self._seen.add(id(value))
+            self._generators.append(value)
+        elif _is_meter(value):
+            self._add_container(vars(value))
+
+    def _visit_all(self, values: Iterable[Any]) -> None:
+        with suppress(RuntimeError):  # another thread writes to it: left to that thread
+            for value in tuple(values):
+                self._visit(value)
+
+    def _add_container(self, value: Any) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        self._containers.append(value)
+        if len(value) > _LONG and not self._is_first:
+            self._rewritten.add(id(value))  # no first pass can tell
+        if len(value) <= _VERY_LONG:
+            self._visit_all(value.values() if isinstance(value, dict) else value)
+
+    def _add_tensor(self, tensor: Tensor) -> None:
+        is_computed = tensor.grad_fn is not None
+        is_sharded = hasattr(tensor, "to_local")  # a DTensor: FSDP2 manages it
+        if not (id(tensor) in self._seen or is_computed or is_sharded or tensor.is_meta):
+            self._seen.add(id(tensor))
+            # The kernels of batch norm do not count that they write the running statistics: small
+            # tensors are copied whether they are written or not.
+            is_small = tensor.nbytes <= _SMALL_BYTES and not isinstance(tensor, nn.Parameter)
+            (self._copied if is_small else self._watched).append(tensor)
+
+    def _add_module(self, module: nn.Module) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        if any(b is not None for b in module._buffers.values()):
+            self._add_container(module._buffers)
+        for p in module._parameters.values():
+            if p is not None and p.is_floating_point():
+                self._add_tensor(p)
+        if not _is_wrapper(module):
+            attributes = vars(module)
+            self._seen.add(id(attributes))
+            self._containers.append(attributes)
+            if _is_a_layer_of_pytorch(module):
+                self._of_layers.add(id(attributes))
+            for name, value in list(attributes.items()):
+                if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module):
+                    self._visit(value)
+
+    # ---- What a pass writes ------------------------------------------------------------------
+
+    def capture(self, finds_new: bool = True) -> StateSnapshot:
+        """Copy what passes may write, as it is now.
+
+        Args:
+            finds_new: look for what was put into attributes since the latest capture. Not needed
+                after a pass: what it created is out of reach once its state is restored.
+        """
+        if finds_new:
+            self._find_new()
+            self._drop_replaced()
+        is_first, rewritten = self._is_first, self._rewritten
+        contents = []
+        for c in self._containers:
+            # What a set or a bounded queue has gained does not show in its length.
+            is_copied = len(c) <= _LONG or is_first or id(c) in rewritten
+            try:
+                if is_copied or isinstance(c, set) or hasattr(c, "maxlen"):
+                    contents.append((c, c.copy()))
+                else:
+                    contents.append((c, _Ends.of(c)))
+            except RuntimeError:  # another thread writes to it: left to that thread
+                continue
+        large = set(map(id, self._large_frozen))
+        first_only = [t for t in self._watched if id(t) not in large] if is_first else []
+        arrays = [*self._arrays, *self._large_arrays] if is_first else self._arrays
+        if finds_new:
+            self._latest = contents
+        return StateSnapshot(
+            is_first,
+            [(root, root.capture()) for root in self.roots],
+            contents,
+            _copies([*self._copied, *first_only]),
+            [(array, array.copy()) for array in arrays],
+            [(generator, get_generator_state(generator)) for generator in self._generators],
+            [(t, _version(t)) for t in self._watched],
+            _norms(self._large_frozen) if is_first else [],
+        )
+
+    def _find_new(self) -> None:
+        """Follow what was put into attributes and containers since the latest capture."""
+        for root in self.roots:
+            for value in root.replaced():
+                self._visit(value)
+        for container, kept in self._latest:
+            if isinstance(kept, dict):
+                if len(container) != len(kept) or not all(
+                    map(operator.is_, container.values(), kept.values())
+                ):
+                    self._visit_all(v for k, v in list(container.items()) if kept.get(k) is not v)
+            elif type(kept) is not _Ends and (
+                len(container) != len(kept) or not all(map(operator.is_, container, kept))
+            ):
+                self._visit_all(container)
+        self._latest = ()
+
+    def _drop_replaced(self) -> None:
+        """Forget what nobody else refers to any more."""
+        for items in (self._copied, self._watched, self._containers, self._arrays):
+            unreferenced = [id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE]
+            if unreferenced:
+                self._seen.difference_update(unreferenced)
+                items[:] = [x for x in items if id(x) not in unreferenced]
+
+    def observe(self, before: StateSnapshot) -> bool:
+        """Learn what a pass wrote.
+
+        Args:
+            before: captured before the pass. The copies of tensors that are not written are freed.
+
+        Returns:
+            Whether `before` holds all that the pass wrote: not if a large tensor is written, or a
+            long list rewritten, for the first time after the first pass.
+        """
+        written = {id(t) for t, version in before.versions if _version(t) != version}
+        known = {id(t) for t, _ in before.tensors}
+        if before.is_first:
+            # By the values too: PyTorch does not count writes to `tensor.data`.
+            written |= before.ids_of_changed(self._large_frozen)
+            self._arrays += [a for a in self._large_arrays if id(a) in written]
+        if written:
+            self._copied += [t for t in self._watched if id(t) in written]
+            self._watched = [t for t in self._watched if id(t) not in written]
+        if before.is_first:
+            before.keep({id(x) for x in (*self._copied, *self._arrays)})
+            self._learn_containers(before)
+        self._is_first = False
+        moved = {id(c) for c, kept in before.contents if type(kept) is _Ends and kept.moved(c)}
+        self._rewritten |= moved
+        return written <= known and not moved
+
+    def _learn_containers(self, before: StateSnapshot) -> None:
+        """After the first pass: which containers it rewrote, and did not only append to."""
+        copied = [(c, kept) for c, kept in before.contents if type(kept) is not _Ends]
+        same = {id(c) for c, kept in copied if _starts_with(c, kept)}
+        grown = {id(c) for c, kept in copied if len(c) != len(kept)}
+        self._rewritten |= {id(c) for c, _ in copied} - same
+        dropped = (same - grown) & self._of_layers
+        self._containers = [c for c in self._containers if id(c) not in dropped]
+
+
+class _Attributes:
+    """The attributes of an owner that are state."""
+
+    def __init__(self, namespace: dict[str, Any], skip: frozenset[str]) -> None:
+        self.namespace, self._skip = namespace, skip
+        self._transient = [name for name in skip if name not in namespace]
+        self._length, self._names, self._known = -1, list[str](), list[Any]()
+
+    def _count(self) -> int:
+        """Number of attributes that are state, and of skipped ones that were always there."""
+        return len(self.namespace) - sum(map(self.namespace.__contains__, self._transient))
+
+    def capture(self) -> tuple[int, list[str], list[Any]]:
+        count, namespace = self._count(), self.namespace
+        if count != self._length or not all(map(namespace.__contains__, self._names)):
+            self._length = count
+            self._names = [name for name in namespace if name not in self._skip]
+        return count, self._names, [namespace[name] for name in self._names]
+
+    def replaced(self) -> list[Any]:
+        """The values that were not there in the latest call."""
+        before = set(map(id, self._known))
+        _, _, self._known = self.capture()
+        return [value for value in self._known if id(value) not in before]
+
+    def restore(self, kept: tuple[int, list[str], list[Any]]) -> None:
+        count, names, values = kept
+        self.namespace.update(zip(names, values, strict=True))
+        if self._count() != count:
+            for name in self.namespace.keys() - set(names) - self._skip:
+                del self.namespace[name]
+
+
+class _Ends:
+    """Length of a long container and, of a list, its ends: they show a growth and a rotation."""
+
+    def __init__(self, length: int, first: Any, last: Any) -> None:
+        self.length, self._first, self._last = length, first, last
+
+    @classmethod
+    def of(cls, container: Any) -> _Ends:
+        is_list = isinstance(container, list)
+        return cls(len(container), *((container[0], container[-1]) if is_list else (None, None)))
+
+    def moved(self, container: Any) -> bool:
+        if not isinstance(container, list):
+            return len(container) < self.length
+        ends = (container[0], container[self.length - 1]) if len(container) >= self.length else ()
+        return not (ends and ends[0] is self._first and ends[1] is self._last)
+
+
+@dataclass
+class StateSnapshot:
+    """State as a tracker captured it: pairs of what is tracked and what it was."""
+
+    is_first: bool
+    roots: list[tuple[_Attributes, Any]]
+    contents: list[tuple[Any, Any]]
+    tensors: list[tuple[Tensor, Tensor]]
+    arrays: list[tuple[Any, Any]]
+    generators: list[tuple[Any, Any]]
+    versions: list[tuple[Tensor, int]]
+    norms: list[float]
+
+    def ids_of_changed(self, large: list[Tensor]) -> set[int]:
+        """What has other values than in the snapshot. Waits for the device."""
+        changed: list[Any] = [
+            t for t, was in self.tensors if not (t.shape == was.shape and torch.equal(t, was))
+        ]
+        changed += [a for a, was in self.arrays if a.tobytes() != was.tobytes()]
+        changed += [t for t, a, b in zip(large, self.norms, _norms(large), strict=True) if a != b]
+        return set(map(id, changed))
+
+    def keep(self, ids: set[int]) -> None:
+        """Free the copies of all other tensors and arrays."""
+        self.tensors = [pair for pair in self.tensors if id(pair[0]) in ids]
+        self.arrays = [pair for pair in self.arrays if id(pair[0]) in ids]
+
+    def restore(self) -> None:
+        """Put the state back. It may be called again."""
+        for root, was in self.roots:
+            root.restore(was)
+        for container, content in self.contents:
+            if type(container) is type(content) is dict and len(container) == len(content):
+                container.update(content)
+                if len(container) == len(content):
+                    continue
+            with suppress(RuntimeError):  # another thread writes to it
+                _restore_container(container, content)
+        for array, was in self.arrays:
+            array[...] = was
+        for generator, state in self.generators:
+            _set_generator_state(generator, state)
+        if self.tensors:
+            _write_back(self.tensors)
+
+
+def get_generator_state(value: Any) -> Any:
+    """The state of a random number generator; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return value.get_state(legacy=False)
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return value.bit_generator.state
+    return None
+
+
+def _set_generator_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+# What the interpreter counts for an object that a list and a loop variable alone refer to.
+_NO_OTHER_REFERENCE = [sys.getrefcount(x) for x in [object()]][0]  # noqa: RUF015
+# Attributes of every nn.Module that are not state, or that are tracked otherwise.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deepspeed.")
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether the module's attributes belong to a layout (DDP) and must not be touched."""
+    return str(getattr(type(module).forward, "__module__", "")).startswith(_WRAPPERS)
+
+
+def _is_a_layer_of_pytorch(module: nn.Module) -> bool:
+    """Whether forward passes set no attributes of the module: one of PyTorch's layers, unhooked."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks
+    return not is_hooked and type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _is_array(value: Any) -> bool:
+    """Whether this is a NumPy array. NumPy is not imported for it."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _is_meter(value: Any) -> bool:
+    """Whether an object holds plain values alone: numbers, text, tensors, containers, functions."""
+    if isinstance(value, (*_CODE, *_PLAIN, torch.optim.Optimizer)):
+        return False
+    attributes = getattr(value, "__dict__", None)
+    return isinstance(attributes, dict) and all(
+        isinstance(item, (*_PLAIN, *_CONTAINERS, *_CODE)) or _is_array(item)
+        for item in attributes.values()
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written in place; 0 where PyTorch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _starts_with(container: Any, kept: Any) -> bool:
+    """Whether a container holds the same objects as before, in their order, or more after them."""
+    if isinstance(container, set):
+        return bool(kept == container)
+    if len(container) < len(kept):
+        return False
+    if isinstance(container, dict):
+        values = map(operator.is_, container.values(), kept.values())
+        return all(map(operator.is_, container, kept)) and all(values)
+    return all(map(operator.is_, container, kept))
+
+
+def _restore_container(container: Any, content: Any) -> None:
+    if type(content) is _Ends:  # only appended to
+        excess = len(container) - content.length
+        if excess > 0 and isinstance(container, list):
+            del container[content.length :]
+        else:
+            for _ in range(excess):
+                container.popitem() if isinstance(container, dict) else container.pop()
+    elif isinstance(container, list):
+        container[:] = content
+    elif isinstance(container, (set, deque)):
+        if container != content or isinstance(container, deque):
+            container.clear()
+            container.update(content) if isinstance(container, set) else container.extend(content)
+    elif not (len(container) == len(content) and _starts_with(container, content)):
+        container.clear()
+        # `Counter.update` adds; `dict.update` does not know the order of an OrderedDict.
+        update = OrderedDict.update if isinstance(container, OrderedDict) else dict.update
+        update(container, content)
+
+
+def _norms(tensors: list[Tensor]) -> list[float]:
+    return [norm.item() for norm in torch._foreach_norm(tensors)] if tensors else []
+
+
+def _copies(tensors: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    pairs = [(torch.empty_like(t), t) for t in tensors]
+    if pairs:
+        _write_back(pairs)
+    return [(t, copy) for copy, t in pairs]
+
+
+def _write_back(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first, in one multi-tensor operation per dtype."""
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for t, was in pairs:
+        if t.is_inference():
+            with torch.inference_mode():
+                t.copy_(was)
+        elif t.shape != was.shape:
+            t.resize_(was.shape).copy_(was)
+        else:
+            by_dtype[t.dtype].append((t, was))
+    with torch.no_grad():
+        for some in by_dtype.values():
+            torch._foreach_copy_([t for t, _ in some], [was for _, was in some])

@@ -1,0 +1,51 @@
+"""What TRL's trainers keep outside of `compute_loss` and the second pass needs.
+
+TRL is not imported: its trainers are recognised by the methods and attributes named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ..engine.recorder import KeptInputs
+
+
+def policy_recorders(
+    trainer: Any, latest: Callable[[], KeptInputs | None]
+) -> dict[str, Callable[..., Any]]:
+    """Methods that add the log-probabilities at w to recorded inputs without a sampling policy.
+
+    GRPO's surrogate weighs each sample by the ratio of the policy to the one that drew it (arXiv
+    2402.03300, eq. 3). If nothing was updated since, TRL uses the current policy as the latter. At
+    w + e that is another policy: the ratio would be 1 whatever e is, and nothing would be clipped.
+    With the log-probabilities at w among its inputs, the second pass has the first's surrogate.
+
+    `latest` returns the kept inputs of the call that is being recorded, or None. The result, by
+    name, replaces methods of the trainer; it is empty for trainers that are not TRL's.
+    """
+    method = "_get_per_token_logps_and_entropies"
+    compute = getattr(trainer, method, None)
+    if compute is None:
+        return {}
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        # Not while samples are drawn, and not for a reference model, which is not trained.
+        kept = latest()
+        if kept is not None and result[0].requires_grad:
+            args, kwargs = kept.value
+            inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+            inputs.setdefault("old_per_token_logps", result[0].detach())
+        return result
+
+    return {method: keep}
+
+
+def activation_offloading(trainer: Any) -> AbstractContextManager[Any]:
+    """The context in which TRL's `training_step` runs its pass, to offload activations."""
+    context: AbstractContextManager[Any] = getattr(
+        trainer, "maybe_activation_offload_context", nullcontext()
+    )
+    return context
