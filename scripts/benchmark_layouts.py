@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
-from benchmark_utils import Clock
+from benchmark_utils import WARM_UP, Clock, OneUpdate
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +28,6 @@ from transformers.distributed import DistributedConfig
 
 # Torch has several names for each.
 _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "reduce")
-WARM_UP = 2  # updates: after the first reduction, DDP arranges its buckets anew and says so to all
 
 # ------------------------------------------------------------------------------ what is really sent
 
@@ -75,29 +74,23 @@ def _nbytes(part: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(part) if isinstance(leaf, Tensor))
 
 
-class UpdateMeter(Clock):
-    """The seconds of each update after the warm-up; and, in the first of these, what was sent."""
+class UpdateMeter(AbstractContextManager["UpdateMeter"]):
+    """What is sent within it and, on a GPU, the peak memory."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.counter = CollectiveCounter()
         self.peak_bytes: int | None = None
-        self._updates = 0
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        if self._updates == WARM_UP:
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-            self.counter.__enter__()
-        super().on_step_begin(*args, **kwargs)
+    def __enter__(self) -> UpdateMeter:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.counter.__enter__()
+        return self
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        super().on_step_end(*args, **kwargs)
-        if self._updates == WARM_UP:
-            self.counter.__exit__(None, None, None)
-            if torch.cuda.is_available():
-                self.peak_bytes = torch.cuda.max_memory_allocated()
-        self._updates += 1
+    def __exit__(self, *error: Any) -> None:
+        self.counter.__exit__(*error)
+        if torch.cuda.is_available():
+            self.peak_bytes = torch.cuda.max_memory_allocated()
 
 
 # ------------------------------------------------------------------------------------ the processes
@@ -154,9 +147,9 @@ def run_rows(
     turns = [options.rounds - options.rounds // 2, options.rounds // 2]
     for rounds, order in zip(turns, (names, names[::-1]), strict=True):
         for name in order if rounds else ():
-            meter = _train(name, options, rounds, model, trainer)
+            seconds, meter = _train(name, options, rounds, model, trainer)
             counter = meter.counter
-            rows[name]["seconds"] += meter.seconds[WARM_UP + 1 :]
+            rows[name]["seconds"] += seconds
             rows[name]["peak_bytes"] = meter.peak_bytes
             rows[name]["calls"], rows[name]["bytes"] = counter.calls, counter.bytes
             rows[name]["sent_bytes"] = counter.sent(dist.get_world_size())
@@ -169,7 +162,8 @@ def _train(
     rounds: int,
     model: Callable[[], nn.Module],
     trainer: Callable[..., Trainer],
-) -> UpdateMeter:
+) -> tuple[list[float], UpdateMeter]:
+    """The seconds of so many updates, and what was measured in the one before them."""
     more: dict[str, Any] = {"ddp_timeout": 600}
     if options.device == "cpu":
         more["ddp_backend"] = "gloo"
@@ -180,8 +174,9 @@ def _train(
         if options.layout == "fsdp2":
             built = _sharded(built, options, more)
         trained = trainer(name, built, **more)
-        meter = UpdateMeter()
-        trained.add_callback(meter)
+        clock, meter = Clock(), UpdateMeter()
+        trained.add_callback(clock)
+        trained.add_callback(OneUpdate(meter))
         trained.args.max_steps = WARM_UP + 1 + rounds
         trained.train()
     trained.accelerator.free_memory()
@@ -189,7 +184,7 @@ def _train(
     gc.collect()
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    return meter
+    return clock.seconds[WARM_UP + 1 :], meter
 
 
 def _deepspeed(options: Any) -> dict[str, Any]:

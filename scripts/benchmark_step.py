@@ -4,6 +4,8 @@
     python scripts/benchmark_step.py --device cuda --dtype bf16 --batch_size 32
     python scripts/benchmark_step.py --model bert-base-uncased --output_json bert.json
     python scripts/benchmark_step.py --layout ddp --processes 2     # starts the processes itself
+    python scripts/benchmark_step.py --device cuda --steady         # no pause between updates
+    python scripts/benchmark_step.py --host                         # what SAM costs the host
 
 Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
 optimizer step, clearing the gradients; not the loading of data and the writing of logs. All share
@@ -25,12 +27,38 @@ whatever else the machine does falls on all of them.
     extra MiB            peak memory over that of the plain row, counted in bytes of tensors
     x perturbed          the same in units of the bytes of the parameters that the row perturbs
 
+By default, a turn is a train() of one update, timed from its first micro-batch to its cleared
+gradients, and a GPU is synchronised at both ends. With --steady, a turn is a train() of many
+updates. The time is the mean per update after a warm-up, including the loading of data; a GPU is
+synchronised only before the first and after the last of these updates, so that the host can run
+ahead of it as in a real run.
+
+With --host, tiny models are trained on one CPU thread, where the arithmetic costs next to nothing
+and the time is that of Python and of dispatching the operators. The optimizer is SGD, without
+clipping. All rows of all models take turns as with --steady. Columns, in microseconds of process
+time per update (median over the rounds):
+
+    plain, two passes            as above
+    hand-written - two passes    cost of a hand-written SAM beyond its two passes: gradient norm,
+                                 copy of the weights, perturbation and restoration by multi-tensor
+                                 operations, and torch's random state replayed
+    sam - two passes             the same of SAMTrainer
+    ratio                        of these two; at most 2.0 is the goal
+    launches beyond the passes   operators that an update of SAMTrainer dispatches in addition to
+                                 those of an update of two passes. A multi-tensor operator counts
+                                 once, so that the number should not grow with that of the tensors
+
+The trainers of the last model hold two lists of numbers, such as a history of losses, of 60,000 and
+of 1,000,000. They should make no difference.
+
 With a --layout other than "one", each process trains one row after the other, there and back, each
 with a model and an optimizer of its own. The loops written by hand are left out. Then:
 
     all_reduce, ...      how many of these collectives an update calls, x the bytes (in MiB) of what
                          they gather or reduce in all. Counted in one update, from its first pass to
                          its cleared gradients, not computed
+    calls / pass         the number of all collectives divided by that of the passes (plain: one;
+                         the others: two). SAM's should be at most that of the plain row
     sent MiB             what each process then sends over a ring
     / plain              the same in units of the plain row
     extra MiB            on a GPU alone
@@ -39,26 +67,36 @@ with a model and an optimizer of its own. The loops written by hand are left out
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import math
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from benchmark_layouts import hand_over, is_started, run_rows, start_processes
 from benchmark_tables import BY_HAND, FLOOR, PLAIN, table
 from benchmark_utils import (
     BUILT_IN,
+    WARM_UP,
     Clock,
     HandWrittenSwapTrainer,
     HandWrittenTrainer,
+    HostClock,
+    LaunchCounter,
+    LinearStack,
+    MultiTensorTrainer,
+    OneUpdate,
     TwoPassTrainer,
+    WindowClock,
     build_model,
     import_seconds,
     peak_memory,
@@ -68,10 +106,12 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArg
 from transformers.utils import logging
 
 from sam_hf import SAMConfig, SAMTrainer
-from sam_hf.params import select_parameters
+from sam_hf.engine.parameters import select_parameters
 
+Name = TypeVar("Name", bound=Hashable)
 # The trainer, its SAM options, and whether each of its updates is logged.
-ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
+Row = tuple[type[Trainer], dict[str, Any], bool]
+ROWS: dict[str, Row] = {
     PLAIN: (Trainer, {}, False),
     FLOOR: (TwoPassTrainer, {}, False),
     BY_HAND: (HandWrittenTrainer, {}, False),
@@ -84,6 +124,18 @@ ROWS: dict[str, tuple[type[Trainer], dict[str, Any], bool]] = {
     "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
 }
 IN_LAYOUTS = [name for name in ROWS if not name.startswith(BY_HAND)]
+
+HOST_ROWS = {name: ROWS[name] for name in (PLAIN, FLOOR, BY_HAND, "sam")}
+HOST_ROWS[BY_HAND] = (MultiTensorTrainer, {}, False)
+# Linear layers, whether each is followed by BatchNorm, and lengths of lists that the trainer holds.
+HOST_MODELS = {
+    "2 layers, 4 tensors": (2, False, ()),
+    "20 layers, 40 tensors": (20, False, ()),
+    "20 layers, BatchNorm, 80 tensors": (20, True, ()),
+    "2 layers, two long lists": (2, False, (60_000, 1_000_000)),
+}
+HOST_OPTIONS = ("host", "rounds", "updates", "threads", "output_json")
+STEADY_UPDATES, HOST_UPDATES = 20, 60
 
 
 @dataclass
@@ -100,6 +152,20 @@ class BenchmarkArguments:
         default=128, metadata={"help": "Tokens in an example. Images have their model's size."}
     )
     rounds: int = field(default=15, metadata={"help": "How many times every row takes its turn."})
+    steady: bool = field(
+        default=False, metadata={"help": "Time many updates at a stretch, not each of them."}
+    )
+    host: bool = field(
+        default=False,
+        metadata={"help": f"The table of host costs. Its options: {', '.join(HOST_OPTIONS[1:])}."},
+    )
+    updates: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Updates in a turn of --steady (default: {STEADY_UPDATES}) or --host "
+            f"(default: {HOST_UPDATES})."
+        },
+    )
     rows: list[str] | None = field(
         default=None,
         metadata={"help": f"Only these, of {list(ROWS)}. The first two are always there."},
@@ -125,12 +191,28 @@ class BenchmarkArguments:
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "accumulation_steps", "sequence_length", "rounds", "threads")
-        for name in (*positive, "processes"):
+        for name in (*positive, "processes", "updates"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not allowed. Allowed: 1 and more.")
         if self.imports < 0:
             raise ValueError(f"imports={self.imports} is not allowed. Allowed: 0 and more.")
+        unused = [
+            f.name
+            for f in fields(self)
+            if f.name not in HOST_OPTIONS and getattr(self, f.name) != f.default
+        ]
+        if self.host and unused:
+            raise ValueError(
+                f"host=True does not use {', '.join(unused)}. Its options: "
+                f"{', '.join(HOST_OPTIONS[1:])}."
+            )
+        if self.steady and self.layout != "one":
+            raise ValueError(f"steady=True is not allowed with layout={self.layout!r}.")
+        if self.updates is None:
+            self.updates = HOST_UPDATES if self.host else STEADY_UPDATES if self.steady else None
+        elif not (self.host or self.steady):
+            raise ValueError(f"updates={self.updates} needs --steady or --host.")
         allowed = list(ROWS) if self.layout == "one" else IN_LAYOUTS
         if unknown := [row for row in self.rows or [] if row not in allowed]:
             raise ValueError(
@@ -173,7 +255,8 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
             trainer = build_trainer(name, options, model, examples, folder, optimizer)
             rows[name] = {"peak_bytes": peak_memory(lambda t=trainer: two_updates(t), model)}
             trainers[name] = trainer
-        seconds = take_turns(trainers, options.rounds)
+        clock = WindowClock if options.steady else Clock
+        seconds = take_turns(trainers, options.rounds, clock, updates_in_a_turn(options))
     for name, row in rows.items():
         sam_params = ROWS[name][1].get("sam_params", "all")
         perturbed = select_parameters(model, sam_params).values()
@@ -194,10 +277,61 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
 def examples_for(
     model: torch.nn.Module, options: BenchmarkArguments
 ) -> list[dict[str, torch.Tensor]]:
-    """Enough for two updates, as `two_updates` wants."""
+    """Two updates' examples, as `two_updates` wants, repeated as often as a turn needs them."""
     processes = 1 if options.layout == "one" else options.processes
     count = 2 * options.batch_size * options.accumulation_steps * processes
-    return random_examples(model, count, options.sequence_length)
+    repeats = math.ceil(updates_in_a_turn(options) / 2)
+    return random_examples(model, count, options.sequence_length) * repeats
+
+
+def benchmark_host(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure host time and operators. Returns {"host": {model: {"seconds": ..., ...}}, ...}."""
+    torch.set_num_threads(options.threads or 1)
+    torch.manual_seed(0)
+    updates = updates_in_a_turn(options)
+    trainers, launches = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (layers, has_batch_norm, lengths) in HOST_MODELS.items():
+            for row in HOST_ROWS:
+                model = LinearStack(layers, has_batch_norm)
+                trainer = build_trainer(
+                    row,
+                    options,
+                    model,
+                    model.examples(updates * options.batch_size),
+                    folder,
+                    None,
+                    HOST_ROWS,
+                    optim="sgd",
+                    max_grad_norm=0.0,
+                )
+                for length in lengths:
+                    setattr(trainer, f"history_{length}", list(range(length)))
+                trainers[name, row] = trainer
+                launches[name, row] = count_launches(trainer)
+        seconds = take_turns(trainers, options.rounds, HostClock, updates)
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "host": {
+            name: {
+                "seconds": {row: seconds[name, row] for row in HOST_ROWS},
+                "launches": {row: launches[name, row] for row in HOST_ROWS},
+            }
+            for name in HOST_MODELS
+        },
+    }
+
+
+def count_launches(trainer: Trainer) -> int:
+    """The operators that one update dispatches."""
+    counter = LaunchCounter()
+    callback = OneUpdate(counter)
+    trainer.add_callback(callback)
+    trainer.args.max_steps = WARM_UP + 1
+    trainer.train()
+    trainer.remove_callback(callback)
+    return counter.launches
 
 
 def benchmark_layout(options: BenchmarkArguments) -> dict[str, Any]:
@@ -235,9 +369,10 @@ def build_trainer(
     examples: list[dict[str, torch.Tensor]],
     folder: str,
     optimizer: Any,
+    rows: dict[str, Row] = ROWS,
     **more: Any,
 ) -> Trainer:
-    trainer_class, sam_options, is_logged = ROWS[name]
+    trainer_class, sam_options, is_logged = rows[name]
     args = TrainingArguments(
         output_dir=folder,
         max_steps=1,
@@ -272,20 +407,29 @@ def two_updates(trainer: Trainer) -> None:
     """Two, so that what a trainer keeps from one update to the next counts as memory."""
     trainer.args.max_steps = 2
     trainer.train()
-    trainer.args.max_steps = 1
 
 
-def take_turns(trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]:
-    """The seconds of one update of each trainer in every round. The very first does not count."""
-    clocks = {name: Clock() for name in trainers}
+def updates_in_a_turn(options: BenchmarkArguments) -> int:
+    return 1 if options.updates is None else WARM_UP + options.updates
+
+
+def take_turns(
+    trainers: dict[Name, Trainer], rounds: int, clock: type[Clock], updates: int
+) -> dict[Name, list[float]]:
+    """The seconds per update of each trainer in every round. The very first does not count."""
+    clocks = {name: clock() for name in trainers}
     for name, trainer in trainers.items():
         trainer.add_callback(clocks[name])
+        trainer.args.max_steps = updates
     shuffle = random.Random(0).shuffle  # of its own: `train` seeds the global one
     order = list(trainers)
+    gc.collect()
+    gc.freeze()  # or the collection at the end of each train() searches all that is imported
     for _ in range(rounds + 1):
         shuffle(order)
         for name in order:
             trainers[name].train()
+    gc.unfreeze()
     return {name: clock.seconds[1:] for name, clock in clocks.items()}
 
 
@@ -298,7 +442,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             result = benchmark_layout(options)
             hand_over(result)
             return result
-        if options.layout == "one":
+        if options.host:
+            result = benchmark_host(options)
+        elif options.layout == "one":
             result = benchmark(options)
         else:
             build_model(options.model, options.sequence_length)  # or none of the processes can

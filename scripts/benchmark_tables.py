@@ -21,11 +21,12 @@ def title(result: dict[str, Any]) -> str:
     examples = f"{options['batch_size']} x {options['sequence_length']} tokens"
     if result["inputs"] == "pixel_values":
         examples = f"{options['batch_size']} images"
+    steady = f" of {options['updates']} updates" if options["steady"] else ""
     return (
         f"{options['model']}: {result['parameters'] / 1e6:.1f} million parameters, "
         f"{steps}{examples}, "
         f"{options['dtype']}{compiled}, "
-        f"{where}, {result['threads']} threads, {options['rounds']} rounds"
+        f"{where}, {result['threads']} threads, {options['rounds']} rounds{steady}"
     )
 
 
@@ -39,16 +40,38 @@ def layout_table(result: dict[str, Any]) -> str:
         line += [
             f"{row['calls'].get(kind, 0)} x {row['bytes'].get(kind, 0) / MIB:.3f}" for kind in kinds
         ]
+        line += [f"{sum(row['calls'].values()) / (1 if name == PLAIN else 2):g}"]
         line += [f"{row['sent_bytes'] / MIB:.3f}"]
         line += [f"{row['sent_bytes'] / plain['sent_bytes']:.3f}"]
         if row["peak_bytes"] is not None:
             line += [f"{(row['peak_bytes'] - plain['peak_bytes']) / MIB:.1f}"]
         lines.append(line)
-    header = ["update", "ms", "/ two passes", *kinds, "sent MiB", "/ plain", "extra MiB"]
+    header = ["update", "ms", "/ two passes", *kinds, "calls / pass", "sent MiB", "/ plain"]
+    header += ["extra MiB"]
     return "\n".join([title(result), "", format_table(header[: len(lines[0])], lines)])
 
 
+def host_table(result: dict[str, Any]) -> str:
+    options = result["options"]
+    lines = []
+    for name, model in result["host"].items():
+        us = {row: 1e6 * statistics.median(seconds) for row, seconds in model["seconds"].items()}
+        by_hand, sam = us[BY_HAND] - us[FLOOR], us["sam"] - us[FLOOR]
+        launches = model["launches"]["sam"] - model["launches"][FLOOR]
+        times = [f"{number:.0f}" for number in (us[PLAIN], us[FLOOR], by_hand, sam)]
+        lines.append([name, *times, f"{sam / by_hand:.2f}", str(launches)])
+    beyond = [f"{row} - {FLOOR}" for row in (BY_HAND, "sam")]
+    header = ["model", PLAIN, FLOOR, *beyond, "ratio", "launches beyond the passes"]
+    title = (
+        f"host time per update in microseconds: cpu, {result['threads']} threads, "
+        f"{options['rounds']} rounds of {options['updates']} updates"
+    )
+    return "\n".join([title, "", format_table(header, lines)])
+
+
 def table(result: dict[str, Any]) -> str:
+    if "host" in result:
+        return host_table(result)
     if result["options"]["layout"] != "one":
         return layout_table(result)
     rows = result["rows"]

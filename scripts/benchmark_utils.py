@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,10 +27,14 @@ from transformers import (
     PreTrainedConfig,
     Trainer,
     TrainerCallback,
+    TrainerState,
     ViTConfig,
 )
 
 BUILT_IN_POSITIONS = 512
+# Updates of a train() that are not measured: the first ones allocate, and after the first reduction
+# DDP rebuilds its buckets and broadcasts their order.
+WARM_UP = 2
 
 
 def _gpt2(**sizes: int) -> PreTrainedConfig:
@@ -116,6 +121,29 @@ def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[
     return examples
 
 
+class LinearStack(nn.Module):
+    """So many linear layers, each followed by BatchNorm on request: tensors that cost no time."""
+
+    WIDTH = 8
+    main_input_name = "inputs"
+
+    def __init__(self, layers: int, has_batch_norm: bool) -> None:
+        super().__init__()
+        self.layers = nn.Sequential()
+        for _ in range(layers):
+            self.layers.append(nn.Linear(self.WIDTH, self.WIDTH))
+            if has_batch_norm:
+                self.layers.append(nn.BatchNorm1d(self.WIDTH))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.mse_loss(self.layers(inputs), labels)}
+
+    def examples(self, count: int) -> list[dict[str, Tensor]]:
+        shape = (count, self.WIDTH)
+        inputs, labels = torch.randn(shape), torch.randn(shape)
+        return [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
+
+
 # ------------------------------------------------------------------------------ what SAM is held to
 
 
@@ -140,19 +168,23 @@ class HandWrittenTrainer(Trainer):
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
+        params = [p for p in model.parameters() if p.grad is not None]
         with torch.no_grad():
-            params = [p for p in model.parameters() if p.grad is not None]
-            norm = torch.stack([p.grad.norm(p=2) for p in params]).norm(p=2)
-            scale = self.rho / (norm + 1e-12)
-            old = []
-            for p in params:
-                old.append(p.data.clone())
-                e_w = p.grad * scale
-                p.add_(e_w)
+            old = self.perturb(params)
         model.zero_grad()
         super().training_step(model, *args, **kwargs)
         self.restore(params, old)
         return loss
+
+    def perturb(self, params: list[nn.Parameter]) -> list[Tensor]:
+        norm = torch.stack([p.grad.norm(p=2) for p in params]).norm(p=2)
+        scale = self.rho / (norm + 1e-12)
+        old = []
+        for p in params:
+            old.append(p.data.clone())
+            e_w = p.grad * scale
+            p.add_(e_w)
+        return old
 
     def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
         for p, w in zip(params, old, strict=True):
@@ -166,6 +198,27 @@ class HandWrittenSwapTrainer(HandWrittenTrainer):
     def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
         for p, w in zip(params, old, strict=True):
             p.data = w
+
+
+class MultiTensorTrainer(HandWrittenTrainer):
+    """The same with multi-tensor operations and torch's random state replayed, so that both passes
+    draw the same dropout masks. The hand-written loop that is cheapest for the host."""
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self._random_state = torch.get_rng_state()
+        return super().training_step(model, *args, **kwargs)
+
+    def perturb(self, params: list[nn.Parameter]) -> list[Tensor]:
+        grads = [p.grad for p in params]
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        old = torch._foreach_clone(params)
+        torch._foreach_add_(params, torch._foreach_mul(grads, self.rho / (norm + 1e-12)))
+        torch.set_rng_state(self._random_state)
+        return old
+
+    @torch.no_grad()
+    def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
+        torch._foreach_copy_(params, old)
 
 
 # ---------------------------------------------------------------------------------- time and memory
@@ -189,6 +242,61 @@ class Clock(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class WindowClock(Clock):
+    """The mean seconds per update of each train(), without the warm-up.
+
+    The clock is read, and a GPU synchronised, only at the ends of this window. The window includes
+    what the training loop does between updates, such as loading the data.
+    """
+
+    def on_step_begin(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP:
+            self._start = self._now()
+
+    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            self.seconds.append((self._now() - self._start) / (state.max_steps - WARM_UP))
+
+
+class HostClock(WindowClock):
+    """The same in process time, which does not count the time that other processes take."""
+
+    _now = staticmethod(time.process_time)
+
+
+class OneUpdate(TrainerCallback):
+    """Enters a context for the first update after the warm-up."""
+
+    def __init__(self, context: AbstractContextManager[Any]) -> None:
+        self._context = context
+
+    def on_step_begin(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP:
+            self._context.__enter__()
+
+    def on_step_end(self, args: Any, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        if state.global_step == WARM_UP + 1:
+            self._context.__exit__(None, None, None)
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts the dispatched operators: on an accelerator, each is at least one kernel launch.
+
+    A multi-tensor (`_foreach_`) operator counts once. Views and allocations launch no kernel and
+    are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.launches += not (func.is_view or "empty" in func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def peak_memory(work: Callable[[], object], model: nn.Module) -> int:

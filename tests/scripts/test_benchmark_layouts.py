@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,21 @@ from benchmark_utils import build_model
 from scaling_table import bytes_sent
 from transformers import HfArgumentParser, ViTConfig
 
+from sam_hf.engine.parameters import select_parameters
+
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "transformer-tiny", "--batch_size", "2", "--sequence_length", "16"]
 TINY += ["--threads", "1"]
 SCRIPT = ROOT / "scripts" / "benchmark_step.py"
 
 
-def launch(layout: str, folder: Path, rounds: int = 1) -> tuple[dict[str, Any], str]:
+def launch(
+    layout: str, folder: Path, rounds: int = 1, rows: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
     """What the benchmark writes and prints. It starts the two processes itself."""
     path = folder / f"{layout}.json"
     command = [sys.executable, str(SCRIPT), *TINY, "--layout", layout, "--rounds", str(rounds)]
+    command += ["--rows", *rows] if rows else []
     done = subprocess.run(
         [*command, "--output_json", str(path)],
         capture_output=True,
@@ -46,6 +52,7 @@ def sizes() -> dict[str, int]:
     model = build_model("transformer-tiny", 16)
     parts = {"all": model, "blocks": model.transformer.h, "head": model.lm_head}
     sizes = {k: sum(p.nbytes for p in part.parameters()) for k, part in parts.items()}
+    sizes["norms"] = sum(p.nbytes for p in select_parameters(model, "norms").values())
     return sizes | {"tensors": len(list(model.parameters()))}
 
 
@@ -54,21 +61,35 @@ def collectives(row: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def test_under_ddp_scope_micro_batch_sends_what_a_plain_update_sends(tmp_path, sizes):
-    result, printed = launch("ddp", tmp_path, rounds=2)
+    names = ("sam", "sam, micro_batch", "sam, norms")
+    result, printed = launch("ddp", tmp_path, rounds=2, rows=names)
     rows = {name: collectives(row) for name, row in result["rows"].items()}
     # The gradients in one bucket, and an int32 for each tensor that says whether it was used.
     assert rows["plain"] == {"all_reduce": (2, sizes["all"] + 4 * sizes["tensors"])}
     assert rows["sam, micro_batch"] == rows["plain"]
     calls, whole = rows["plain"]["all_reduce"]
     assert rows["sam"] == rows["two passes"] == {"all_reduce": (2 * calls, 2 * whole)}
+    # Where the ascent computes the gradients of the norms alone, they are reduced in one bucket.
+    assert rows["sam, norms"] == {"all_reduce": (calls + 1, whole + sizes["norms"])}
+    column = printed.splitlines().index("") + 1
+    header, _, *lines = [re.split(" {2,}", line.strip()) for line in printed.splitlines()[column:]]
+    per_pass = {line[0]: line[header.index("calls / pass")] for line in lines}
+    assert per_pass == {
+        "plain": "2",
+        "two passes": "2",
+        "sam": "2",
+        "sam, micro_batch": "1",
+        "sam, norms": "1.5",
+    }
 
-    assert [len(row["seconds"]) for row in result["rows"].values()] == [2] * 4
+    assert [len(row["seconds"]) for row in result["rows"].values()] == [2] * 5
     weights = sizes["all"] // 4
     for name, scope in (("plain", "plain"), ("sam", "batch"), ("sam, micro_batch", "micro_batch")):
         on_paper = bytes_sent("DDP", scope, weights, gpus=2, micro_batches=1)
         assert result["rows"][name]["sent_bytes"] == pytest.approx(on_paper, rel=1e-3)
     assert printed.strip().endswith(benchmark_step.table(result))
-    assert printed.strip().splitlines()[-1].split()[-1] == "1.000"
+    of_plain = {line[0]: line[-1] for line in lines}
+    assert of_plain["sam"] == "2.000" and of_plain["sam, micro_batch"] == "1.000"
 
 
 def test_under_fsdp2_both_scopes_send_twice_and_one_number(tmp_path, sizes):
@@ -87,13 +108,18 @@ def test_under_fsdp2_both_scopes_send_twice_and_one_number(tmp_path, sizes):
 
 
 @pytest.mark.slow
-def test_under_deepspeed_the_bytes_are_those_of_the_table_of_the_readme(tmp_path, sizes):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_under_deepspeed_the_bytes_are_those_of_the_table_of_the_readme(tmp_path, sizes, stage):
     pytest.importorskip("deepspeed")
-    rows = launch("zero1", tmp_path)[0]["rows"]
+    rows = launch(f"zero{stage}", tmp_path)[0]["rows"]
     for name, scope in (("plain", "plain"), ("sam", "batch"), ("sam, micro_batch", "micro_batch")):
-        on_paper = bytes_sent("ZeRO-1", scope, sizes["all"] // 4, gpus=2, micro_batches=1)
+        on_paper = bytes_sent(f"ZeRO-{stage}", scope, sizes["all"] // 4, gpus=2, micro_batches=1)
         assert rows[name]["sent_bytes"] == pytest.approx(on_paper, rel=1e-3)
-    assert collectives(rows["sam, micro_batch"]) == collectives(rows["plain"])
+    plain = collectives(rows["plain"])
+    assert collectives(rows["sam, micro_batch"]) == plain
+    # DeepSpeed reduces g_s as in plain training; g goes before that, in one bucket.
+    calls, whole = plain["all_reduce"]
+    assert collectives(rows["sam"]) == plain | {"all_reduce": (calls + 1, whole + sizes["all"])}
 
 
 @pytest.mark.parametrize(

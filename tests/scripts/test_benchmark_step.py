@@ -11,7 +11,17 @@ from transformers import BertConfig, T5Config, Trainer, Wav2Vec2Config
 pytest.importorskip("sam_hf")
 
 import benchmark_step
-from benchmark_utils import HandWrittenTrainer, TwoPassTrainer, build_model, peak_memory
+from benchmark_tables import host_table
+from benchmark_utils import (
+    WARM_UP,
+    HandWrittenTrainer,
+    LaunchCounter,
+    MultiTensorTrainer,
+    TwoPassTrainer,
+    WindowClock,
+    build_model,
+    peak_memory,
+)
 
 TINY = ["--model", "transformer-tiny", "--batch_size", "2", "--sequence_length", "16"]
 TINY += ["--threads", "1"]
@@ -130,12 +140,19 @@ def test_an_extra_copy_of_the_parameters_shows_as_one_and_a_kept_one_is_not_over
     assert (peak - base) / size == pytest.approx(copies, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["hand-written", "hand-written, swap"])
-def test_the_hand_written_loop_is_sam(trainer, model, name):
+@pytest.mark.parametrize(
+    ("name", "trainer_class"),
+    [
+        ("hand-written", None),
+        ("hand-written, swap", None),
+        ("hand-written", MultiTensorTrainer),
+    ],
+)
+def test_the_hand_written_loop_is_sam(trainer, model, name, trainer_class):
     """Its gradient is the one at w + e, and the weights are back before the optimizer steps."""
     model.eval()  # without dropout: the loop does not repeat the masks
     model.train = lambda mode=True: model
-    built = trainer(name)
+    built = trainer(name, trainer_class)
     batch = built.data_collator(built.train_dataset[:2])
     before = [p.detach().clone() for p in model.parameters()]
 
@@ -177,6 +194,96 @@ def test_two_passes_leave_the_gradient_of_one(trainer, model):
     model(**batch).loss.backward()
     for p, g in zip(model.parameters(), grads, strict=True):
         torch.testing.assert_close(p.grad, g)
+
+
+def test_both_passes_of_the_multi_tensor_loop_draw_the_same_dropout_masks(trainer, model):
+    built = trainer("hand-written", MultiTensorTrainer)
+    masks = []
+    dropout = next(m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0)
+    dropout.register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    batch = built.data_collator(built.train_dataset[:2])
+    built.current_gradient_accumulation_steps = 1
+    built.training_step(model, batch)
+    assert len(masks) == 2
+    assert masks[0].any() and torch.equal(*masks)
+
+
+def test_a_steady_turn_reads_the_clock_twice(trainer, model, monkeypatch):
+    readings = iter([100.0, 108.0])
+    monkeypatch.setattr(WindowClock, "_now", staticmethod(lambda: next(readings)))
+    built = trainer("plain")
+    seconds = benchmark_step.take_turns({"plain": built}, 0, WindowClock, WARM_UP + 4)
+    assert built.state.global_step == WARM_UP + 4
+    assert seconds == {"plain": []}  # the first turn does not count
+    clock = built.callback_handler.callbacks[-1]
+    assert clock.seconds == [2.0]
+
+
+def test_the_steady_table_has_one_time_for_every_turn(capsys):
+    options = ["--steady", "--updates", "3", "--rounds", "2", "--rows", "sam", "--imports", "0"]
+    result = benchmark_step.main([*TINY, *options])
+    assert list(result["rows"]) == ["plain", "two passes", "sam"]
+    assert all(len(row["seconds"]) == 2 for row in result["rows"].values())
+    assert "2 rounds of 3 updates" in capsys.readouterr().out
+
+
+def test_the_host_table_has_a_line_for_every_model(tmp_path, capsys):
+    path = tmp_path / "host.json"
+    result = benchmark_step.main(
+        ["--host", "--rounds", "1", "--updates", "2", "--output_json", str(path)]
+    )
+    printed = capsys.readouterr().out
+    assert json.loads(path.read_text()) == json.loads(json.dumps(result))
+    assert host_table(result) in printed
+    assert "launches beyond the passes" in printed
+    for name, model in result["host"].items():
+        assert sum(line.startswith(f"{name}  ") for line in printed.splitlines()) == 1
+        assert list(model["seconds"]) == list(model["launches"]) == list(benchmark_step.HOST_ROWS)
+        assert all(len(seconds) == 1 for seconds in model["seconds"].values())
+        # Five multi-tensor operators and five for the step size, for 4 tensors and for 80.
+        launches = model["launches"]
+        assert launches["hand-written"] - launches["two passes"] == 10
+        assert launches["sam"] > launches["two passes"] > launches["plain"]
+    small, *_, long = result["host"].values()
+    assert small["launches"] == long["launches"]
+
+
+def test_the_host_table_compares_what_is_beyond_the_passes():
+    seconds = {"plain": [1.0], "two passes": [3.0, 2.0, 2.0], "hand-written": [2.5], "sam": [2.75]}
+    launches = {"plain": 10, "two passes": 20, "hand-written": 25, "sam": 27}
+    model = {"seconds": {k: [1e-6 * 100 * s for s in v] for k, v in seconds.items()}}
+    result = {
+        "options": {"rounds": 3, "updates": 5},
+        "threads": 1,
+        "host": {"tiny": model | {"launches": launches}},
+    }
+    line = benchmark_step.table(result).splitlines()[-1]
+    assert line.split() == ["tiny", "100", "200", "50", "75", "1.50", "7"]
+
+
+def test_a_multi_tensor_operator_counts_once_and_a_view_not_at_all():
+    tensors = [torch.ones(2, 2) for _ in range(3)]
+    with LaunchCounter() as counter:
+        torch._foreach_add_(tensors, 1)
+        tensors[0].view(4).mul_(2)
+        torch.empty_like(tensors[0])
+    assert counter.launches == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "--device", "cuda"], "host=True does not use device"),
+        (["--updates", "5"], "updates=5"),
+        (["--steady", "--updates", "0"], "updates=0"),
+        (["--steady", "--layout", "ddp"], "steady=True is not allowed with layout='ddp'"),
+    ],
+)
+def test_options_that_a_mode_does_not_use_are_refused(options, said, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        benchmark_step.main(options)
+    assert exit_info.value.code == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
