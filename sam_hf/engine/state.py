@@ -113,27 +113,33 @@ class StateTracker:
     ) -> None:
         self.skip = frozenset(skip)
         self.roots = [_Attributes(vars(owner), self.skip) for owner in owners]
-        self._seen = {id(x) for x in (*(root.namespace for root in self.roots), *ignored)}
-        self._containers: list[Any] = []
+        self._modules, self._ignored = list(modules), list(ignored)
         self._rewritten: set[int] = set()  # ids of long containers
+        self._is_first = True
+        self._walk()
+        frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
+        trained = sum(x.nbytes for x in self._ignored if isinstance(x, nn.Parameter))
+        # A copy of a base model under adapters would not fit the memory budget: their norms tell
+        # whether the first pass writes them.
+        self._large_frozen = frozen if sum(t.nbytes for t in frozen) > trained else []
+
+    def _walk(self) -> None:
+        """Find everything that there is."""
+        self._is_searching = True  # until it is done, which an interrupt may prevent
+        self._seen = {id(x) for x in (*(root.namespace for root in self.roots), *self._ignored)}
         self._of_layers: set[int] = set()  # ids of the attributes of PyTorch's layers
+        self._containers: list[Any] = []
         self._copied: list[Tensor] = []
         self._watched: list[Tensor] = []  # large ones that no pass was seen to write
         self._arrays: list[Any] = []
         self._large_arrays: list[Any] = []
         self._generators: list[Any] = []
-        self._is_first = True
         self._latest: Sequence[tuple[Any, Any]] = ()  # containers, as the latest capture found them
-        self._large_frozen: list[Tensor] = []
-        for module in modules:
+        for module in self._modules:
             self._add_module(module)
-        self._find_new()
-        frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
-        trained = sum(x.nbytes for x in ignored if isinstance(x, nn.Parameter))
-        if sum(t.nbytes for t in frozen) > trained:
-            # A copy of a base model under adapters would not fit the memory budget: their norms
-            # tell whether the first pass writes them.
-            self._large_frozen = frozen
+        for root in self.roots:
+            self._visit_all(root.replaced(of=()))
+        self._is_searching = False
 
     # ---- What there is -----------------------------------------------------------------------
 
@@ -214,8 +220,12 @@ class StateTracker:
                 after a pass: what it created is out of reach once its state is restored.
         """
         if finds_new:
+            if self._is_searching:  # an interrupt has hit the latest search
+                self._walk()
+            self._is_searching = True
             self._find_new()
             self._drop_replaced()
+            self._is_searching = False
         is_first, rewritten = self._is_first, self._rewritten
         contents = []
         for c in self._containers:
@@ -325,9 +335,9 @@ class _Attributes:
             self._names = [name for name in namespace if name not in self._skip]
         return count, self._names, [namespace[name] for name in self._names]
 
-    def replaced(self) -> list[Any]:
-        """The values that were not there in the latest call."""
-        before = set(map(id, self._known))
+    def replaced(self, of: Sequence[Any] | None = None) -> list[Any]:
+        """The values that are not among given ones; by default, those of the latest call."""
+        before = set(map(id, self._known if of is None else of))
         _, _, self._known = self.capture()
         return [value for value in self._known if id(value) not in before]
 

@@ -230,7 +230,7 @@ def test_arguments_classes_and_objects_that_hold_others_are_not_entered(thing):
 def test_of_a_model_that_is_held_the_trained_weights_are_left_alone_and_the_rest_comes_back():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model.calls = 0
-    tracker = StateTracker([Bag(value={"inside": [model]})])
+    tracker = StateTracker([Bag(value={"inside": [model]})], ignored=model.parameters())
 
     def write():
         model.calls += 1
