@@ -80,9 +80,11 @@ class Recorder(SAMTrainer):
         super().__init__(*args, **kwargs)
         self.windows: dict[int, list[dict[str, torch.Tensor]]] = {}
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Called for each micro-batch. With a training_step of its own, the trainer would be one
+        # whose ascent pass computes all gradients.
         self.windows.setdefault(self.state.global_step, []).append(dict(inputs))
-        return super().training_step(model, inputs, *args, **kwargs)
+        return super().floating_point_ops(inputs)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
