@@ -86,6 +86,7 @@ class GradientLedger:
             if self._g is not None:
                 self._set(self._g)
                 self._g = None
+            self._shown = []  # it holds g, whose memory the second pass needs
         self._is_taken = True
 
     @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -229,3 +231,15 @@ def test_gradients_that_were_set_aside_are_out_of_reach_of_the_next_backward_pas
     model.backward(a=1.0)
     model.ledger.finish()
     assert model.grads() == [11.0, None, None]
+
+
+def test_nothing_holds_g_once_it_is_taken_and_cleared():
+    weight = torch.nn.Parameter(torch.ones(3))
+    ledger = GradientLedger(Layout([weight], torch.nn.ParameterList([weight])), [weight], False)
+    ledger.take()
+    weight.sum().backward()
+    ledger.show()
+    g = weakref.ref(weight.grad)
+    ledger.take()
+    ledger.clear()
+    assert g() is None
