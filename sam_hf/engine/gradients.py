@@ -86,7 +86,6 @@ class GradientLedger:
             if self._g is not None:
                 self._set(self._g)
                 self._g = None
-            self._shown = []  # it holds g, whose memory the second pass needs
         self._is_taken = True
 
     @contextmanager
@@ -147,6 +146,8 @@ class GradientLedger:
     def clear(self) -> None:
         for p in self.parameters:
             p.grad = None
+        if self._shown:
+            self._shown = []  # it held g, whose memory the second pass needs
 
     def _set(self, grads: Grads) -> None:
         for p, g in zip(self.parameters, grads, strict=True):
