@@ -41,7 +41,7 @@ class MethodStateCheckpoint:
     def save(self, folder: Path, update: int, is_writer: bool) -> None:
         """Write the state before optimizer step number `update`, atomically.
 
-        State that all processes share is written by the one that `is_writer`.
+        State shared by all processes is written only where `is_writer` is set.
         """
         if not self._is_used or not (is_writer or not self._is_shared):
             return
