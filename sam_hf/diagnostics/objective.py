@@ -242,8 +242,8 @@ class Objective:
         """Set the weights to w + scale · direction; restore w bitwise when the context exits."""
         perturbation = Perturbation(self.weights)  # type: ignore[arg-type]
         with always_restore(perturbation.restore):
-            size = torch.tensor(scale, dtype=torch.float64, device=self._device)
-            perturbation.apply(list(direction), size, keep_direction=True)
+            with torch.no_grad():
+                perturbation.apply(list(direction), float(scale), keep_direction=True)
             yield
 
     def random_vector(self, generator: torch.Generator) -> list[Tensor]:

@@ -71,14 +71,14 @@ class DeepSpeedLayout(DDPLayout):
         with self._as_end_of_update(False):
             yield
 
-    @contextmanager
-    def descent(self, restore: Callable[[], None]) -> Iterator[None]:
+    def descent(self, passes: Callable[[], Tensor], restore: Callable[[], None]) -> Tensor:
         steps: list[tuple[Any, Any]] = []
         with patched(self._engine, step=lambda *args, **kwargs: steps.append((args, kwargs))):
-            yield
+            loss = passes()
         restore()
         for args, kwargs in steps:
             self._engine.step(*args, **kwargs)
+        return loss
 
     def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(weights)  # DeepSpeed holds them, in partitions

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -61,11 +61,11 @@ class Layout:
         """Context of each pass at w + e. Only the last of a scope reduces, for all of them."""
         return nullcontext()
 
-    @contextmanager
-    def descent(self, restore: Callable[[], None]) -> Iterator[None]:
-        """Context of all passes at w + e: calls `restore` when g_s is complete."""
-        yield
+    def descent(self, passes: Callable[[], Tensor], restore: Callable[[], None]) -> Tensor:
+        """Run all passes at w + e, and `restore` when g_s is complete; returns their loss."""
+        loss = passes()
         restore()
+        return loss
 
     def must_replay(self, scope_is_micro_batch: bool) -> bool:
         """Whether the passes at w + e must run even if this process perturbs nothing."""
@@ -152,6 +152,9 @@ class Layout:
             norms = torch._foreach_norm(xs, 2, dtype=self.accumulate_in)
             return torch.stack([n.to(self._device) for n in norms]).square_().sum()
         size = _CPU_CHUNK if on_cpu else _DEVICE_CHUNK
+        if on_cpu and sum(map(Tensor.numel, xs)) <= size:
+            x = self._flat(xs)
+            return torch.dot(x, x if xs is ys else self._flat(ys))
         parts = []
         for members in _chunks(xs, size):
             x = self._flat([xs[i] for i in members])

@@ -19,7 +19,7 @@ _NAMES = (
     "sharpness",
     "passes_per_update",
 )
-_FOLD = 64  # losses that are kept before they are summed: bounds their number between two logs
+_FOLD = 64  # values that are kept before they are summed: bounds their number between two logs
 
 
 class Metrics:
@@ -36,23 +36,22 @@ class Metrics:
 
     def _reset(self) -> None:
         self._latest: dict[str, Tensor] = {}
-        self._losses: list[tuple[Tensor, Tensor]] = []
+        self._rises: list[Tensor] = []
         self._sharpness = torch.zeros(()), torch.zeros(())  # sum and number
         self._passes, self._updates = 0.0, 0
 
-    def add_losses(self, ascent: Tensor, descent: Tensor) -> None:
-        """Record L(w) and L(w + e) of one update. A non-finite difference is not averaged."""
-        self._losses.append((ascent, descent))
-        if len(self._losses) >= _FOLD:
+    def add_sharpness(self, rise: Tensor) -> None:
+        """Record L(w + e) - L(w) of one update. It is not averaged if it is not finite."""
+        self._rises.append(rise)
+        if len(self._rises) >= _FOLD:
             self._fold()
 
     def _fold(self) -> None:
-        if not self._losses:
+        if not self._rises:
             return
-        at_w, at_w_plus_e = (torch.stack(losses) for losses in zip(*self._losses, strict=True))
-        total, count = (x.sum() for x in _finite(at_w_plus_e - at_w))
+        total, count = (x.sum() for x in _finite(torch.stack(self._rises)))
         self._sharpness = total + self._sharpness[0], count + self._sharpness[1]
-        self._losses = []
+        self._rises = []
 
     def add_passes(self, passes: float) -> None:
         """Record the forward-backward passes of one update; a plain update has 1."""

@@ -106,7 +106,7 @@ class TrainedParameters:
     def refresh(self) -> bool:
         """Follow what a callback has frozen, unfrozen or added since; whether anything changed.
 
-        The flags are read one by one, since nothing tells of a change: 0.1 us per parameter.
+        The flags are read one by one, since PyTorch reports no change: 0.1 us per parameter.
         """
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         stepped = [list(map(id, group["params"])) for group in groups]

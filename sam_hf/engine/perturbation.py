@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,15 @@ from ..methods.lists import add_where_, reading_is_free, scale_
 HALF = (torch.float16, torch.bfloat16)
 
 
-def step_size(rho: float, squared_norm: Tensor) -> Tensor:
-    """rho / |d|*, or 0 where that is not finite, decided on the device; rho < 0 goes against d."""
+def step_size(rho: float, squared_norm: Tensor) -> Tensor | float:
+    """rho / |d|*, or 0 where that is not finite; rho < 0 goes against d.
+
+    A number where it can be read without waiting for a device, else a 0-dimensional tensor.
+    """
+    if reading_is_free(squared_norm):
+        square = squared_norm.item()
+        size = rho / math.sqrt(square) if square > 0 else 0.0
+        return size if abs(size) <= torch.finfo(squared_norm.dtype).max else 0.0
     return squared_norm.rsqrt().mul_(rho).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -28,22 +37,24 @@ class Perturbation:
         self.weights = weights
         self.saved: Tensors | None = None
 
-    @torch.no_grad()
-    def apply(self, direction: Tensors, scale: Tensor, keep_direction: bool = False) -> None:
+    def apply(
+        self, direction: Tensors, scale: Tensor | float, keep_direction: bool = False
+    ) -> None:
         """Write w + scale * d, and w where the scale is 0, even if d holds inf or NaN.
 
-        `direction` (d) may be overwritten unless `keep_direction` is set.
+        Gradients must be disabled. `direction` (d) may be overwritten unless `keep_direction` is
+        set.
         """
         saved = [torch.empty_like(w) for w in self.weights]
         torch._foreach_copy_(saved, self.weights)
         self.saved = saved
-        is_half = any(w.dtype in HALF for w in self.weights)
-        if reading_is_free(scale) and not is_half:
-            if factor := scale.item():
-                torch._foreach_add_(self.weights, direction, alpha=factor)
+        if any(w.dtype in HALF for w in self.weights):
+            # In fp32: neither the scale nor scale * d need fit half precision.
+            direction = [d.float() for d in direction]
+        if isinstance(scale, float):
+            if scale:
+                torch._foreach_add_(self.weights, direction, alpha=scale)
         else:
-            if is_half:  # in fp32: neither the scale nor scale * d need fit half precision
-                direction = [d.float() for d in direction]
             if keep_direction:
                 direction = [d.clone() for d in direction]
             scale_(direction, scale)
@@ -67,10 +78,10 @@ class Perturbation:
         unchanged = sum(int((w == old).sum()) for w, old in half)
         return unchanged / max(sum(w.numel() for w, _ in half), 1)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put w back. A second call does nothing."""
         if self.saved is not None:
-            torch._foreach_copy_(self.weights, self.saved)
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, self.saved)
             self.saved = None
             torch.clear_autocast_cache()

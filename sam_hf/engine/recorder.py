@@ -67,12 +67,19 @@ class InputKeeper:
         kept.value = kept.copy(inputs, ())
         return kept
 
+    @property
+    def copies_all(self) -> bool:
+        """Whether no call was observed yet."""
+        return self._written is None
+
     def needs_copy(self, path: tuple[Any, ...], tensor: Tensor) -> bool:
         return tensor.requires_grad or self._written is None or path in self._written
 
     def observe(self, kept: KeptInputs) -> None:
         """After the first pass: note which tensors it wrote."""
         written = {path for path, tensor, version in kept.shared if tensor._version != version}
+        if not written and self._written is not None:
+            return
         kept.shared = [(path, tensor, tensor._version) for path, tensor, _ in kept.shared]
         if self._written is None:
             self._written = written
@@ -97,18 +104,20 @@ class KeptInputs:
         self.shared: list[tuple[tuple[Any, ...], Tensor, int]] = []
 
     def copy(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value, path)
         if value is None or isinstance(value, nn.Module):
             return value
-        if isinstance(value, Mapping):
+        if isinstance(value, Tensor):
+            return self._tensor(value, path)
+        if type(value) is dict:
+            return {key: self.copy(item, (*path, key)) for key, item in value.items()}
+        if type(value) is not tuple and isinstance(value, Mapping):  # which takes long to find out
             duplicate = copy.copy(value)
             if hasattr(duplicate, "__setitem__"):
                 for key, item in value.items():
                     duplicate[key] = self.copy(item, (*path, key))
             return duplicate
         if type(value) in (list, tuple):
-            return type(value)(self.copy(item, (*path, i)) for i, item in enumerate(value))
+            return type(value)([self.copy(item, (*path, i)) for i, item in enumerate(value)])
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self.copy(item, (*path, i)) for i, item in enumerate(value)))
         return value

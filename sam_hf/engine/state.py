@@ -12,34 +12,24 @@ import operator
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
+Pairs = list[tuple[Any, Any]]
 # Exact types: subclasses may forbid what restoring does (`ModelOutput.update` raises).
 _CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
 # What an object may hold besides containers and arrays and still be taken for a meter or metric.
-_PLAIN: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    Enum,
-    PurePath,
-    tuple,
-    Tensor,
-    type(None),
-)
-_PLAIN += (torch.device, torch.dtype)
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_PLAIN = (*_SCALARS, Enum, PurePath, tuple, Tensor, torch.device, torch.dtype)
 _CODE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 # Longer containers are copied only if a pass was seen to change their entries: what it appends is
 # known from the length.
@@ -61,6 +51,20 @@ def always_restore(undo: Callable[[], None]) -> Iterator[None]:
     try:
         try:
             yield
+        finally:
+            undo()
+            is_undone = True
+    finally:
+        if not is_undone:
+            undo()
+
+
+def call_and_restore(function: Callable[[], T], undo: Callable[[], None]) -> T:
+    """As `always_restore` around the call of a function, at a tenth of its cost."""
+    is_undone = False
+    try:
+        try:
+            return function()
         finally:
             undo()
             is_undone = True
@@ -112,7 +116,7 @@ class StateTracker:
         ignored: Iterable[Any] = (),
     ) -> None:
         self.skip = frozenset(skip)
-        self.roots = [_Attributes(vars(owner), self.skip) for owner in owners]
+        self._roots = [_Attributes(vars(owner), self.skip) for owner in owners]
         self._modules, self._ignored = list(modules), list(ignored)
         self._rewritten: set[int] = set()  # ids of long containers
         self._is_first = True
@@ -126,19 +130,22 @@ class StateTracker:
     def _walk(self) -> None:
         """Find everything that there is."""
         self._is_searching = True  # until it is done, which an interrupt may prevent
-        self._seen = {id(x) for x in (*(root.namespace for root in self.roots), *self._ignored)}
-        self._of_layers: set[int] = set()  # ids of the attributes of PyTorch's layers
-        self._containers: list[Any] = []
+        self._seen = {id(x) for x in (*(root.namespace for root in self._roots), *self._ignored)}
+        self._of_modules: dict[int, _Attributes] = {}  # by the module's id
+        self._of_layers: set[int] = set()  # ids of those of PyTorch's layers
+        self._containers: list[Any] = [*self._roots]
+        # What the latest search found in each of them.
+        self._contents: list[Any] = []
+        self._ids: list[Any] = []
         self._copied: list[Tensor] = []
         self._watched: list[Tensor] = []  # large ones that no pass was seen to write
         self._arrays: list[Any] = []
         self._large_arrays: list[Any] = []
         self._generators: list[Any] = []
-        self._latest: Sequence[tuple[Any, Any]] = ()  # containers, as the latest capture found them
         for module in self._modules:
             self._add_module(module)
-        for root in self.roots:
-            self._visit_all(root.replaced(of=()))
+        for root in self._roots:
+            self._visit_all(root.values())
         self._is_searching = False
 
     # ---- What there is -----------------------------------------------------------------------
@@ -167,9 +174,11 @@ class StateTracker:
             self._add_container(vars(value))
 
     def _visit_all(self, values: Iterable[Any]) -> None:
-        with suppress(RuntimeError):  # another thread writes to it: left to that thread
+        try:
             for value in tuple(values):
                 self._visit(value)
+        except RuntimeError:  # another thread writes to it: left to that thread
+            return
 
     def _add_container(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -201,83 +210,110 @@ class StateTracker:
             if p is not None and p.is_floating_point():
                 self._add_tensor(p)
         if not _is_wrapper(module):
-            attributes = vars(module)
-            self._seen.add(id(attributes))
+            attributes = _Attributes(vars(module), _OF_EVERY_MODULE)
+            self._of_modules[id(module)] = attributes
             self._containers.append(attributes)
             if _is_a_layer_of_pytorch(module):
                 self._of_layers.add(id(attributes))
-            for name, value in list(attributes.items()):
-                if name not in _OF_EVERY_MODULE and not isinstance(value, nn.Module):
+            for value in attributes.values():
+                if not isinstance(value, nn.Module):
                     self._visit(value)
 
     # ---- What a pass writes ------------------------------------------------------------------
 
-    def capture(self, finds_new: bool = True) -> StateSnapshot:
+    def capture(self, since: StateSnapshot | None = None) -> StateSnapshot:
         """Copy what passes may write, as it is now.
 
         Args:
-            finds_new: look for what was put into attributes since the latest capture. Not needed
-                after a pass: what it created is out of reach once its state is restored.
+            since: the latest snapshot, if it is from before the pass that ran last. What that pass
+                created is not looked for: it is out of reach once the state is restored.
+
+        Returns:
+            The snapshot; `since` itself if nothing has changed.
         """
-        if finds_new:
-            if self._is_searching:  # an interrupt has hit the latest search
-                self._walk()
-            self._is_searching = True
-            self._find_new()
-            self._drop_replaced()
-            self._is_searching = False
-        is_first, rewritten = self._is_first, self._rewritten
-        contents = []
-        for c in self._containers:
-            # What a set or a bounded queue has gained does not show in its length.
-            is_copied = len(c) <= _LONG or is_first or id(c) in rewritten
-            try:
-                if is_copied or isinstance(c, set) or hasattr(c, "maxlen"):
-                    contents.append((c, c.copy()))
-                else:
-                    contents.append((c, _Ends.of(c)))
-            except RuntimeError:  # another thread writes to it: left to that thread
-                continue
-        large = set(map(id, self._large_frozen))
-        first_only = [t for t in self._watched if id(t) not in large] if is_first else []
-        arrays = [*self._arrays, *self._large_arrays] if is_first else self._arrays
-        if finds_new:
-            self._latest = contents
+        if since is None:
+            self._search()
+        contents, copied, arrays = self._contents, self._copied, self._arrays
+        if since is not None:
+            ids = list(map(self._ids_in, self._containers))
+            if ids == self._ids and not (copied or arrays or self._generators):
+                return since
+            found = zip(self._containers, contents, ids, self._ids, strict=True)
+            contents = [kept if a == b else self._copy(c) for c, kept, a, b in found]
+        if self._is_first:
+            large = set(map(id, self._large_frozen))
+            copied = [*copied, *(t for t in self._watched if id(t) not in large)]
+            arrays = [*arrays, *self._large_arrays]
         return StateSnapshot(
-            is_first,
-            [(root, root.capture()) for root in self.roots],
-            contents,
-            _copies([*self._copied, *first_only]),
-            [(array, array.copy()) for array in arrays],
-            [(generator, get_generator_state(generator)) for generator in self._generators],
-            [(t, _version(t)) for t in self._watched],
-            _norms(self._large_frozen) if is_first else [],
+            self._is_first,
+            list(zip(self._containers, contents, strict=True)),
+            _copies(copied) if copied else [],
+            [(array, array.copy()) for array in arrays] if arrays else [],
+            [(g, get_generator_state(g)) for g in self._generators] if self._generators else [],
+            [(t, _version(t)) for t in self._watched] if since is None and self._watched else [],
+            _norms(self._large_frozen) if self._is_first else [],
         )
 
-    def _find_new(self) -> None:
-        """Follow what was put into attributes and containers since the latest capture."""
-        for root in self.roots:
-            for value in root.replaced():
-                self._visit(value)
-        for container, kept in self._latest:
-            if isinstance(kept, dict):
-                if len(container) != len(kept) or not all(
-                    map(operator.is_, container.values(), kept.values())
-                ):
-                    self._visit_all(v for k, v in list(container.items()) if kept.get(k) is not v)
-            elif type(kept) is not _Ends and (
-                len(container) != len(kept) or not all(map(operator.is_, container, kept))
-            ):
-                self._visit_all(container)
-        self._latest = ()
+    def _search(self) -> None:
+        """Follow what was put into attributes and containers since the latest search."""
+        if self._is_searching:  # an interrupt has hit that one
+            self._walk()
+        self._is_searching = True
+        known = len(self._ids)
+        for i, container in enumerate(self._containers):  # which grows on the way
+            ids = self._ids_in(container)
+            if i >= known:
+                self._contents.append(self._copy(container))
+                self._ids.append(ids)
+            elif ids != self._ids[i]:
+                content = self._copy(container)
+                if new := _new_values(content, self._ids[i]):
+                    self._visit_all(new)
+                self._contents[i], self._ids[i] = content, ids
+        self._drop_replaced()
+        self._is_searching = False
+
+    def _ids_in(self, container: Any) -> Any:
+        """What differs if a container holds other objects than before, in another order."""
+        if type(container) is _Attributes:
+            return container.ids()
+        if len(container) > _LONG:
+            return object() if self._is_copied(container) else _Ends(container).ids()
+        if isinstance(container, dict):
+            return [*map(id, container), *map(id, container.values())]
+        return list(map(id, container))
+
+    def _is_copied(self, container: Any) -> bool:
+        # What a set or a bounded queue has gained does not show in its length.
+        is_short = len(container) <= _LONG or self._is_first or id(container) in self._rewritten
+        return is_short or isinstance(container, set) or hasattr(container, "maxlen")
+
+    def _copy(self, container: Any) -> Any:
+        try:
+            return container.copy() if self._is_copied(container) else _Ends(container)
+        except RuntimeError:  # another thread writes to it: left to that thread
+            return None
 
     def _drop_replaced(self) -> None:
         """Forget what nobody else refers to any more."""
         for items in (self._copied, self._watched, self._containers, self._arrays):
-            unreferenced = [id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE]
-            if unreferenced:
-                self._seen.difference_update(unreferenced)
-                items[:] = [x for x in items if id(x) not in unreferenced]
+            if items:
+                self._forget({id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE})
+        modules = self._of_modules
+        gone = {i for i, x in modules.items() if sys.getrefcount(x.namespace) <= _NO_OWNER}
+        self._forget({id(modules.pop(i)) for i in gone})
+        self._seen -= gone
+
+    def _forget(self, ids: set[int]) -> None:
+        if not ids:
+            return
+        self._seen -= ids
+        self._contents, self._ids = (
+            [x for c, x in zip(self._containers, kept, strict=True) if id(c) not in ids]
+            for kept in (self._contents, self._ids)
+        )
+        for items in (self._copied, self._watched, self._containers, self._arrays):
+            items[:] = [x for x in items if id(x) not in ids]
 
     def observe(self, before: StateSnapshot) -> bool:
         """Learn what a pass wrote.
@@ -308,12 +344,10 @@ class StateTracker:
 
     def _learn_containers(self, before: StateSnapshot) -> None:
         """After the first pass: which containers it rewrote, and did not only append to."""
-        copied = [(c, kept) for c, kept in before.contents if type(kept) is not _Ends]
-        same = {id(c) for c, kept in copied if _starts_with(c, kept)}
-        grown = {id(c) for c, kept in copied if len(c) != len(kept)}
-        self._rewritten |= {id(c) for c, _ in copied} - same
-        dropped = (same - grown) & self._of_layers
-        self._containers = [c for c in self._containers if id(c) not in dropped]
+        copied = [(c, kept) for c, kept in before.contents if type(kept) in _CONTAINERS]
+        self._rewritten |= {id(c) for c, kept in copied if not _starts_with(c, kept)}
+        found = zip(self._containers, self._ids, strict=True)
+        self._forget({id(c) for c, ids in found if id(c) in self._of_layers and c.ids() == ids})
 
 
 class _Attributes:
@@ -321,50 +355,55 @@ class _Attributes:
 
     def __init__(self, namespace: dict[str, Any], skip: frozenset[str]) -> None:
         self.namespace, self._skip = namespace, skip
-        self._transient = [name for name in skip if name not in namespace]
-        self._length, self._names, self._known = -1, list[str](), list[Any]()
+        self._length, self._names, self._latest = -1, list[str](), list[Any]()
 
-    def _count(self) -> int:
-        """Number of attributes that are state, and of skipped ones that were always there."""
-        return len(self.namespace) - sum(map(self.namespace.__contains__, self._transient))
+    def __len__(self) -> int:
+        return len(self._names)
 
-    def capture(self) -> tuple[int, list[str], list[Any]]:
-        count, namespace = self._count(), self.namespace
-        if count != self._length or not all(map(namespace.__contains__, self._names)):
-            self._length = count
-            self._names = [name for name in namespace if name not in self._skip]
-        return count, self._names, [namespace[name] for name in self._names]
+    def values(self) -> list[Any]:
+        namespace = self.namespace
+        try:
+            if len(namespace) == self._length:
+                return list(map(namespace.__getitem__, self._names))
+        except KeyError:  # one was deleted, another one set
+            pass
+        self._length = len(namespace)
+        self._names = [name for name in namespace if name not in self._skip]
+        return [namespace[name] for name in self._names]
 
-    def replaced(self, of: Sequence[Any] | None = None) -> list[Any]:
-        """The values that are not among given ones; by default, those of the latest call."""
-        before = set(map(id, self._known if of is None else of))
-        _, _, self._known = self.capture()
-        return [value for value in self._known if id(value) not in before]
+    def ids(self) -> list[int]:
+        self._latest = self.values()
+        return [id(self._names), *map(id, self._latest)]
 
-    def restore(self, kept: tuple[int, list[str], list[Any]]) -> None:
-        count, names, values = kept
-        self.namespace.update(zip(names, values, strict=True))
-        if self._count() != count:
-            for name in self.namespace.keys() - set(names) - self._skip:
-                del self.namespace[name]
+    def copy(self) -> tuple[list[str], list[Any]]:
+        """Names and values, as `ids` has found them."""
+        return self._names, self._latest
+
+    def restore(self, names: list[str], values: list[Any]) -> None:
+        namespace = self.namespace
+        namespace.update(zip(names, values, strict=True))
+        if names is not self._names or len(namespace) != self._length:
+            for name in namespace.keys() - set(names) - self._skip:
+                del namespace[name]
 
 
 class _Ends:
     """Length of a long container and, of a list, its ends: they show a growth and a rotation."""
 
-    def __init__(self, length: int, first: Any, last: Any) -> None:
-        self.length, self._first, self._last = length, first, last
+    def __init__(self, container: Any) -> None:
+        self.length = len(container)
+        self._ends = (container[0], container[-1]) if isinstance(container, list) else ()
 
-    @classmethod
-    def of(cls, container: Any) -> _Ends:
-        is_list = isinstance(container, list)
-        return cls(len(container), *((container[0], container[-1]) if is_list else (None, None)))
+    def ids(self) -> list[int]:
+        return [self.length, *map(id, self._ends)]
 
     def moved(self, container: Any) -> bool:
-        if not isinstance(container, list):
-            return len(container) < self.length
-        ends = (container[0], container[self.length - 1]) if len(container) >= self.length else ()
-        return not (ends and ends[0] is self._first and ends[1] is self._last)
+        """Whether the container has not only grown."""
+        if len(container) < self.length:
+            return True
+        if not self._ends:
+            return False
+        return not (container[0] is self._ends[0] and container[self.length - 1] is self._ends[1])
 
 
 @dataclass
@@ -372,12 +411,11 @@ class StateSnapshot:
     """State as a tracker captured it: pairs of what is tracked and what it was."""
 
     is_first: bool
-    roots: list[tuple[_Attributes, Any]]
-    contents: list[tuple[Any, Any]]
-    tensors: list[tuple[Tensor, Tensor]]
-    arrays: list[tuple[Any, Any]]
-    generators: list[tuple[Any, Any]]
-    versions: list[tuple[Tensor, int]]
+    contents: Pairs
+    tensors: Pairs
+    arrays: Pairs
+    generators: Pairs
+    versions: Pairs
     norms: list[float]
 
     def ids_of_changed(self, large: list[Tensor]) -> set[int]:
@@ -396,15 +434,11 @@ class StateSnapshot:
 
     def restore(self) -> None:
         """Put the state back. It may be called again."""
-        for root, was in self.roots:
-            root.restore(was)
         for container, content in self.contents:
-            if type(container) is type(content) is dict and len(container) == len(content):
-                container.update(content)
-                if len(container) == len(content):
-                    continue
-            with suppress(RuntimeError):  # another thread writes to it
+            try:
                 _restore_container(container, content)
+            except RuntimeError:  # another thread writes to it
+                continue
         for array, was in self.arrays:
             array[...] = was
         for generator, state in self.generators:
@@ -438,8 +472,9 @@ def _set_generator_state(generator: Any, state: Any) -> None:
 
 # What the interpreter counts for an object that a list and a loop variable alone refer to.
 _NO_OTHER_REFERENCE = [sys.getrefcount(x) for x in [object()]][0]  # noqa: RUF015
+_NO_OWNER = [sys.getrefcount(x.namespace) for x in [_Attributes({}, frozenset())]][0]  # noqa: RUF015
 # Attributes of every nn.Module that are not state, or that are tracked otherwise.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()).keys() - {"training"})
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deepspeed.")
 
 
@@ -488,8 +523,29 @@ def _starts_with(container: Any, kept: Any) -> bool:
     return all(map(operator.is_, container, kept))
 
 
+def _new_values(content: Any, ids: Any) -> list[Any]:
+    """The values in the copy of a container that were not there with earlier ids."""
+    if content is None or type(content) is _Ends or len(content) > _VERY_LONG:
+        return []
+    known = set(ids) if isinstance(ids, list) else ()
+    if isinstance(content, tuple):
+        content = content[1]  # of an owner
+    elif isinstance(content, dict):
+        content = content.values()
+    return [x for x in content if type(x) not in _SCALARS and id(x) not in known]
+
+
 def _restore_container(container: Any, content: Any) -> None:
-    if type(content) is _Ends:  # only appended to
+    if type(container) is _Attributes:
+        container.restore(*content)
+        return
+    if type(container) is type(content) is dict and len(container) == len(content):
+        container.update(content)
+        if len(container) == len(content):
+            return
+    if content is None:  # another thread wrote to it
+        return
+    elif type(content) is _Ends:  # only appended to
         excess = len(container) - content.length
         if excess > 0 and isinstance(container, list):
             del container[content.length :]

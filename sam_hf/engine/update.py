@@ -22,7 +22,7 @@ from .perturbation import HALF, Perturbation, step_size
 from .random_state import RandomState
 from .recorder import CallRecorder, RecordedCall
 from .schedule import GradientNormTrigger
-from .state import StateTracker, always_restore
+from .state import StateTracker, always_restore, call_and_restore
 
 
 class MicroBatch(Protocol):
@@ -109,7 +109,7 @@ class UpdateEngine:
         self._passes = 0.0
         self._ascent_loss: Tensor | None = None  # of the scope
         self._finds_all_state = True  # whether a replay finds all that its recorded call found
-        self._losses: list[tuple[Tensor, Tensor]] = []  # L(w), L(w + e) of the update's scopes
+        self._sharpness: Tensor | None = None  # L(w + e) - L(w), summed over the update's scopes
 
     def close(self) -> None:
         self.combiner.close()
@@ -152,8 +152,7 @@ class UpdateEngine:
         return batch.plain()
 
     def _begin_update(self) -> None:
-        self._passes = 0.0
-        self._losses = []
+        self._passes, self._sharpness = 0.0, None
         self.combiner.discard()
         if self.parameters.refresh():
             self.ledger.parameters = self.parameters.everything
@@ -161,28 +160,24 @@ class UpdateEngine:
 
     def _end_update(self) -> None:
         self.metrics.add_passes(self._passes / self.micro_batches)
-        if self._losses:
-            ascent, descent = self._losses[0]
-            for more in self._losses[1:]:
-                ascent, descent = ascent + more[0], descent + more[1]
-            self.metrics.add_losses(ascent, descent)
+        if self._sharpness is not None:
+            self.metrics.add_sharpness(self._sharpness)
             self.perturbed_updates += 1
-        self.micro_batches = 0
-        self._losses = []
+        self.micro_batches, self._sharpness = 0, None
 
     def discard_update(self) -> None:
         """Forget what the update has computed so far, gradients included."""
         self.recorder.take()
         self.combiner.discard()
         self.micro_batches = 0
-        self._ascent_loss, self._losses = None, []
+        self._ascent_loss, self._finds_all_state, self._sharpness = None, True, None
         self.ledger.discard()
 
     # ---- One pass ----------------------------------------------------------------------------
 
     def _reused(self, batch: MicroBatch) -> Tensor:
         """An update without a descent pass, whose gradient the method changes at its end."""
-        loss = self._apart(batch.ascent)
+        loss = self._apart(batch.ascent, batch.is_end)
         self._passes += 1
         self.recorder.take()
         if batch.is_end:
@@ -224,6 +219,7 @@ class UpdateEngine:
     # ---- Two passes --------------------------------------------------------------------------
 
     def _two_passes(self, batch: MicroBatch) -> Tensor:
+        is_complete = self._each_alone or batch.is_end
         if self._each_alone:
             self.ledger.reset()  # its e must not depend on the gradients of earlier micro-batches
         try:
@@ -234,19 +230,21 @@ class UpdateEngine:
                     self.ledger.take()
                     self.layout.reduce_ascent(list(self.parameters.trained.values()))
             else:
-                loss = self._apart(functools.partial(self._ascent, batch))
-            if self._each_alone or batch.is_end:
+                loss = self._apart(functools.partial(self._ascent, batch), is_complete)
+            if is_complete:
                 self._descent(batch)
         except BaseException:
             if self._each_alone:
                 self.discard_update()  # earlier micro-batches have their g_s, this one has none
+            self.ledger.show()
             raise
         return loss
 
-    def _apart(self, ascent: Callable[[], Tensor]) -> Tensor:
+    def _apart(self, ascent: Callable[[], Tensor], is_complete: bool) -> Tensor:
         """Run an ascent pass whose gradients are accumulated apart from the foreign ones.
 
-        If the pass fails, `.grad` holds what it holds in plain training.
+        Afterwards `.grad` holds g, if that is complete. Otherwise, and if the pass fails, it holds
+        what it holds in plain training.
         """
         ledger, calls_before = self.ledger, len(self.recorder)
         try:
@@ -254,7 +252,8 @@ class UpdateEngine:
             if ledger.is_watched:
                 ledger.show()  # each recorded loss takes its gradients itself
             loss = ascent()
-            ledger.show()
+            if not is_complete:
+                ledger.show()
         except BaseException:
             del self.recorder.calls[calls_before:]
             if not self._each_alone:
@@ -267,7 +266,8 @@ class UpdateEngine:
     def _ascent(self, batch: MicroBatch) -> Tensor:
         """The pass at w, whose losses are recorded."""
         calls_before = len(self.recorder)
-        with self.layout.ascent(self._each_alone, self.ascent_parameters(batch.update)):
+        some = self.ascent_parameters(batch.update)
+        with self.layout.ascent(self._each_alone, some):
             loss = batch.ascent()
             self.ledger.take()  # the layout may reduce g at the end of the block
         calls = self.recorder.calls[calls_before:]
@@ -278,7 +278,7 @@ class UpdateEngine:
             call.weight = 1 / len(calls)
             examples += call.share * call.weight
         self._passes += examples
-        self.latest_ascent_cost = examples * self._cost_of_ascent(batch.update)
+        self.latest_ascent_cost = examples * self._cost_of_ascent(some)
         loss = loss.clone()  # a captured CUDA graph writes every loss into the same memory
         wide = loss.float() if loss.dtype in HALF else loss  # L(w + e) - L(w) would be rounding
         self._ascent_loss = wide if self._ascent_loss is None else self._ascent_loss + wide
@@ -296,78 +296,105 @@ class UpdateEngine:
         return self._ascent_loss / sum(c.random_state is not None for c in self.recorder.calls)
 
     def _descent(self, batch: MicroBatch) -> None:
-        """The passes at w + e: leave g_s in `.grad`, and all else as the ascent pass left it."""
-        perturbation: Perturbation | None = None
-        perturbed: dict[str, Tensor] = {}
-        is_measured = is_mixed = is_complete = False
+        """Complete the scope: leave what the optimizer gets in `.grad`, and w in the weights."""
+        perturbation = Perturbation([])
+        is_complete = False
         with_gradients = torch.is_grad_enabled()
 
-        def restore() -> None:
-            if perturbation is not None and perturbation.saved is not None:
-                if is_measured:
-                    self._measure(perturbed, perturbation, is_mixed)
-                perturbation.restore()
-
         def undo() -> None:
-            torch.set_grad_enabled(with_gradients)  # an interrupt may have hit a `no_grad` block
-            if perturbation is not None:
-                perturbation.restore()
+            if torch.is_grad_enabled() != with_gradients:  # an interrupt has hit a `no_grad` block
+                torch.set_grad_enabled(with_gradients)
+            perturbation.restore()
             if not is_complete:
                 self.discard_update()  # a part of g_s is not a gradient to step with
                 self.layout.recover()
 
-        with always_restore(undo):
+        def complete() -> None:
+            nonlocal is_complete
             calls = self.recorder.take()
-            ascent_loss, self._ascent_loss = self._ascent_loss, None
-            finds_all_state, self._finds_all_state = self._finds_all_state, True
             self.ledger.take()
             perturbed = self._with_gradient(batch.update)
-            # The optimizer may get g if it is the whole gradient, and if no other process waits for
-            # the second pass. It does where these examples reach no perturbed parameter, where a
-            # replay would not find the state that its call found (once for each such tensor), and
-            # where the rule of sam_trigger does not perturb the update.
-            may_get_g = not self._is_partial(calls, batch.update) and not (
-                self.layout.must_replay(self._each_alone)
-            )
-            is_plain = not perturbed or (not finds_all_state and self.layout.processes == 1)
-            if not (is_plain and may_get_g) and (not perturbed or self._is_triggered(batch)):
-                self._require_no_foreign(self.method.combines)
-                if not finds_all_state:
-                    warnings.warn(
-                        "A large tensor or a long list that the trainer or a module holds was "
-                        "written for the first time in this run: in this update alone, the second "
-                        "pass finds it as the first one left it.",
-                        stacklevel=2,
-                    )
-                is_measured = bool(perturbed) and batch.is_measured()
-                if perturbed:
-                    perturbation = Perturbation(self.layout.local(list(perturbed.values())))
-                    self._perturb(perturbed, perturbation, batch.rho, is_measured)
-                self.ledger.clear()
-                is_mixed = self.layout.reduces_kept_gradients and self.ledger.has_foreign
-                if is_mixed:
-                    self.ledger.put_foreign()
-                recorded = sum(call.random_state is not None for call in calls)
-                whole = len(calls) / recorded  # deferred calls are expected to have the mean loss
-                with self.layout.descent(restore):
-                    descent_loss = self._replay(calls)
-                if self.method.combines:
-                    self.combiner.combine()
-                if perturbed:
-                    assert ascent_loss is not None
-                    self._losses.append((ascent_loss * whole, descent_loss))
+            if self._replays(batch, calls, perturbed):
+                perturbation.weights = self.layout.local(list(perturbed.values()))
+                self._second_pass(batch, calls, perturbed, perturbation)
             else:
                 self._require_no_foreign(True)
+            self._ascent_loss, self._finds_all_state = None, True
             self.ledger.finish()
             is_complete = True
+
+        call_and_restore(complete, undo)
+
+    def _replays(
+        self, batch: MicroBatch, calls: list[RecordedCall], perturbed: dict[str, Tensor]
+    ) -> bool:
+        """Whether there is a second pass; otherwise the optimizer gets g.
+
+        It may get g if that is the whole gradient, and no other process waits for the second pass.
+        It does where these examples reach no perturbed parameter, where a replay would not find the
+        state that its call found (once for each such tensor), and where the rule of `sam_trigger`
+        does not perturb the update.
+        """
+        may_get_g = not self._is_partial(calls, batch.update) and not (
+            self.layout.must_replay(self._each_alone)
+        )
+        finds_state = self._finds_all_state or self.layout.processes > 1
+        if may_get_g and not (perturbed and finds_state):
+            return False
+        return not perturbed or self._is_triggered(batch)
+
+    def _second_pass(
+        self,
+        batch: MicroBatch,
+        calls: list[RecordedCall],
+        perturbed: dict[str, Tensor],
+        perturbation: Perturbation,
+    ) -> None:
+        """Replay the calls at w + e, which leaves g_s, or what the method makes of it, in `.grad`.
+
+        Without a perturbed parameter w + e is w.
+        """
+        self._require_no_foreign(self.method.combines)
+        if not self._finds_all_state:
+            warnings.warn(
+                "A large tensor or a long list that the trainer or a module holds was written for "
+                "the first time in this run: in this update alone, the second pass finds it as the "
+                "first one left it.",
+                stacklevel=2,
+            )
+        is_measured = bool(perturbed) and batch.is_measured()
+        if perturbed:
+            with torch.no_grad():
+                self._perturb(perturbed, perturbation, batch.rho, is_measured)
+        self.ledger.clear()
+        is_mixed = self.layout.reduces_kept_gradients and self.ledger.has_foreign
+        if is_mixed:
+            self.ledger.put_foreign()
+        count, recorded = len(calls), sum(call.random_state is not None for call in calls)
+
+        def restore() -> None:
+            if is_measured:
+                self._measure(perturbed, perturbation, is_mixed)
+            perturbation.restore()
+
+        descent_loss = self.layout.descent(functools.partial(self._replay, calls), restore)
+        if self.method.combines:
+            self.combiner.combine()
+        if perturbed:
+            ascent_loss = self._ascent_loss
+            assert ascent_loss is not None
+            if recorded < count:  # deferred calls are expected to have the mean loss
+                ascent_loss = ascent_loss * (count / recorded)
+            rise = descent_loss - ascent_loss
+            self._sharpness = rise if self._sharpness is None else self._sharpness + rise
 
     def _require_no_foreign(self, is_apart: bool) -> None:
         """Refuse a foreign gradient that several processes would have to reduce apart from g_s."""
         is_reduced = self.layout.reduces_kept_gradients and not self._each_alone
         if is_apart and is_reduced and self.ledger.has_foreign:
             raise RuntimeError(
-                f"Something else than compute_loss computes gradients in training_step, which "
-                f"several processes cannot keep apart with sam_method={self.config.sam_method!r} "
+                f"Code outside of compute_loss computes gradients in training_step, which several "
+                f"processes cannot separate with sam_method={self.config.sam_method!r} "
                 f"and sam_trigger={self.config.sam_trigger!r}. Compute that loss in compute_loss, "
                 "or set sam_method='sam' and sam_trigger='always', or sam_rho=0."
             )
@@ -375,8 +402,9 @@ class UpdateEngine:
     def _replay(self, calls: list[RecordedCall]) -> Tensor:
         """Run the recorded calls, each from the state that it found; the sum of their losses."""
         replays_random_numbers = self.config.sam_replay_rng
-        random_state = RandomState(self.layout.rng_devices)
-        first_random_state, state = random_state, self._tracker.capture(finds_new=False)
+        random_state = first_random_state = RandomState(self.layout.rng_devices)
+        latest = next((call.state for call in reversed(calls) if call.state is not None), None)
+        state = self._tracker.capture(since=latest)
         is_complete = False
 
         def undo() -> None:
@@ -386,10 +414,11 @@ class UpdateEngine:
             if replays_random_numbers or not is_complete:
                 (random_state if is_complete else first_random_state).restore()
 
-        total: Tensor | None = None
-        count = len(calls)
-        with always_restore(undo):
+        def replay() -> Tensor:
+            nonlocal random_state, is_complete
             self.is_in_descent_pass = True
+            total: Tensor | None = None
+            count = len(calls)
             calls.reverse()
             for number in range(1, count + 1):
                 call = calls.pop()  # its inputs are freed with it
@@ -400,18 +429,24 @@ class UpdateEngine:
                     found = random_state if continues else call.random_state
                     assert found is not None
                     found.restore(first_random_state if number == 1 else None)
-                if call.state is not None:
+                if call.state is not None and (number > 1 or call.state is not state):
                     call.state.restore()
                 with self.layout.replaying(number == count, self._each_alone):
                     loss = call.closure()
-                loss = loss.float() if loss.dtype in HALF else loss.clone()
+                if loss.dtype in HALF:
+                    loss = loss.float()
+                elif number < count:
+                    loss = loss.clone()
                 total = loss if total is None else total + loss
                 if call.share < 1:
                     random_state = RandomState(self.layout.rng_devices)
                 self._passes += call.weight
             is_complete = True
+            assert total is not None
+            return total
+
+        total = call_and_restore(replay, undo)
         self.has_replayed = True
-        assert total is not None
         return total
 
     # ---- The perturbation --------------------------------------------------------------------
@@ -437,14 +472,14 @@ class UpdateEngine:
         can = self.layout.can_take_some_gradients and not self.ledger.is_watched
         return self._choose(update)[2] if can else []
 
-    def _cost_of_ascent(self, update: int) -> float:
+    def _cost_of_ascent(self, some: list[Tensor]) -> float:
         """Floating-point operations of an ascent pass, in units of a whole pass.
 
         Of 6 operations per parameter and token, 2 compute the gradient of the parameter.
         """
-        if not self.ascent_parameters(update):
+        if not some:
             return 1.0
-        taken = sum(w.numel() for w in self.ascent_parameters(update))
+        taken = sum(w.numel() for w in some)
         return (4 + 2 * taken / self.parameters.count) / 6
 
     def _is_partial(self, calls: Sequence[RecordedCall], update: int) -> bool:
@@ -475,7 +510,6 @@ class UpdateEngine:
             )
         return found
 
-    @torch.no_grad()
     def _perturb(
         self,
         perturbed: dict[str, Tensor],
@@ -499,8 +533,8 @@ class UpdateEngine:
             grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
             self.layout.unscale_(grads)
         scale = self._apply(list(perturbed), perturbation, grads, dot, rho)
-        # Waits for the device until it has warned. An e of 0 (an fp16 overflow) tells nothing.
-        if self.layout.has_half_weights and not self._has_warned_of_rounding and scale.item() != 0:
+        # Waits for the device until it has warned. An e of 0 (fp16 overflow) changes no weight.
+        if self.layout.has_half_weights and not self._has_warned_of_rounding and float(scale) != 0:
             self._has_warned_of_rounding = True
             warnings.warn(
                 f"Some perturbed weights are stored in half precision, where "
@@ -517,7 +551,7 @@ class UpdateEngine:
         grads: list[Tensor],
         dot: Dot,
         rho: float,
-    ) -> Tensor:
+    ) -> Tensor | float:
         """The gradient becomes e, and the weights w + e; returns the factor rho / |d|*."""
         direction, squared_norm = self.method.direction(
             names, perturbation.weights, grads, dot, self.method_state.state

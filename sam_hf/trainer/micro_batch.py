@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,42 +21,81 @@ if TYPE_CHECKING:
     from .training_state import TrainingState
 
 
-class CallReplayer:
-    """Repeats recorded calls of `compute_loss` through the Trainer's own training step."""
+class LossCalls:
+    """The calls of a trainer's `compute_loss`: recorded in the first pass, repeated in the second.
+
+    Between `hook` and `unhook` the trainer's `compute_loss` is the one of this class.
+    """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+        self._trainer, self._own = trainer, vars(trainer)
         self.inputs = InputKeeper()
         self.loss_scale = LossScaleCheck()
+        self.end_pass()
+        self._before: dict[str, Any] = {}
+        self._hooks = {"compute_loss": self._on_call, "_prepare_inputs": self._on_inputs}
+        self._hooks |= policy_recorders(trainer, lambda: self.latest)
+
+    def end_pass(self) -> None:
+        """Let calls through to the trainer. It may be called again."""
+        self.record: Callable[[Any, Any], Any] | None = None  # takes a call's arguments in a pass
+        self.latest: KeptInputs | None = None  # of the latest call in that pass
+        self.repeated: KeptInputs | None = None  # of the call that is repeated
         self.is_running = False  # a recorded call, so that calls from within it are parts of it
 
-    def run(self, compute_loss: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        with patched(self, is_running=True):
-            result = compute_loss(*args, **kwargs)
+    def hook(self) -> None:
+        """Put the hooks in the place of the trainer's methods, unless they are there."""
+        if self._own.get("compute_loss") is self._hooks["compute_loss"]:
+            return
+        self.unhook()
+        self._compute_loss = self._trainer.compute_loss
+        self._prepare_inputs = self._trainer._prepare_inputs
+        self._before = {name: self._own[name] for name in self._hooks if name in self._own}
+        self._own.update(self._hooks)
+
+    def unhook(self) -> None:
+        """Put the methods back, but not in the place of those that others have set since."""
+        for name, hook in self._hooks.items():
+            if self._own.get(name) is hook:
+                if name in self._before:
+                    self._own[name] = self._before[name]
+                else:
+                    del self._own[name]
+
+    def _on_call(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_running:
+            if self.repeated is not None:
+                return loss_in(self.run(*self.repeated.value))
+            if self.record is not None and torch.is_grad_enabled():  # no measurement on the way
+                return self.record(args, kwargs)
+        return self._compute_loss(*args, **kwargs)
+
+    def _on_inputs(self, inputs: Any) -> Any:
+        # Those that are repeated were prepared before they were recorded.
+        return self._prepare_inputs(inputs) if self.repeated is None else inputs
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """Call the trainer's own `compute_loss`."""
+        self.is_running = True
+        try:
+            result = self._compute_loss(*args, **kwargs)
+        finally:
+            self.is_running = False
         if not self.loss_scale.is_done:
             self.loss_scale.add_loss(loss_in(result))
         return result
 
-    def replay(self, model: nn.Module, kept: KeptInputs, num_items: Any) -> Tensor:
-        """Repeat a recorded call; returns its detached loss."""
-        trainer = self._trainer
-        compute_loss = trainer.compute_loss
+    def repeat(self, model: nn.Module, kept: KeptInputs, num_items: Any) -> Tensor:
+        """Repeat a call through Trainer's own training step; returns its detached loss."""
         self.inputs.observe(kept)  # what was written after the call that recorded them
-
-        def repeat(*args: Any, **kwargs: Any) -> Any:
-            if self.is_running:
-                return compute_loss(*args, **kwargs)
-            args, kwargs = kept.value
-            return loss_in(self.run(compute_loss, args, kwargs))
-
-        # The inputs were prepared before they were recorded.
-        with (
-            patched(trainer, compute_loss=repeat, _prepare_inputs=lambda inputs: inputs),
-            activation_offloading(trainer),
-        ):
-            loss = Trainer.training_step(trainer, model, {}, num_items)
+        self.repeated = kept
+        try:
+            with activation_offloading(self._trainer):
+                loss = Trainer.training_step(self._trainer, model, {}, num_items)
+        finally:
+            self.repeated = None
         if not self.loss_scale.is_done:
-            self.loss_scale.compare(type(trainer).__name__, loss)
+            self.loss_scale.compare(type(self._trainer).__name__, loss)
         return loss
 
 
@@ -91,65 +130,73 @@ class TrainerMicroBatch:
 
     def ascent(self) -> Tensor:
         """The training step of the Trainer's class, with every `compute_loss` in it recorded."""
-        trainer, engine, calls = self._trainer, self._training.engine, self._training.calls
+        engine, calls = self._training.engine, self._training.calls
         model, _, num_items = self._arguments
-        compute_loss, subset = trainer.compute_loss, self._training.subset
-        cut = subset.cut(self.update, self._number, trainer.sam_select_examples)
+        cut = self._training.subset.cut(
+            self.update, self._number, self._trainer.sam_select_examples
+        )
         recorded: list[KeptInputs] = []
-        graphs, whole = set[Any](), trainer.accelerator.backward
+        graphs = set[Any]()
 
-        def record(*args: Any, **kwargs: Any) -> Any:
-            # Not a measurement without gradients, and not a part of a call that is being recorded.
-            if calls.is_running or not torch.is_grad_enabled():
-                return compute_loss(*args, **kwargs)
-            kept = calls.inputs.keep((args, kwargs))
+        def record(args: Any, kwargs: Any) -> Any:
+            calls.latest = kept = calls.inputs.keep((args, kwargs))
             recorded.append(kept)
-            call = RecordedCall(functools.partial(calls.replay, model, kept, num_items))
+            call = RecordedCall(functools.partial(calls.repeat, model, kept, num_items))
             engine.record(call)
             if cut is not None:
                 args, kwargs, call.share = cut(args, kwargs)
             if not engine.ledger.is_watched:
-                return calls.run(compute_loss, args, kwargs)
+                return calls.run(args, kwargs)
             with engine.ledger.of_a_loss() as watch:
-                result = calls.run(compute_loss, args, kwargs)
+                result = calls.run(args, kwargs)
                 watch(loss_in(result))
             graphs.add(loss_in(result).grad_fn)
             return result
 
+        calls.record = record
+        try:
+            if engine.ledger.is_watched:
+                with self._refusing_mixed_losses(graphs):
+                    loss = self._training_step(*self._arguments)
+            else:
+                loss = self._training_step(*self._arguments)
+        finally:
+            calls.record = calls.latest = None
+        if not recorded:
+            raise RuntimeError(
+                f"{type(self._trainer).__name__}.training_step never called compute_loss, so there "
+                "is nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
+                "set sam_rho=0."
+            )
+        if calls.inputs.copies_all:  # else they are looked at before they are repeated
+            for kept in recorded:
+                calls.inputs.observe(kept)
+        if not calls.loss_scale.is_done:
+            calls.loss_scale.end_ascent(loss)
+        return loss
+
+    def _refusing_mixed_losses(self, graphs: set[Any]) -> AbstractContextManager[None]:
+        """Refuse a backward pass of more than recorded losses, whose `grad_fn` `graphs` holds."""
+        accelerator = self._trainer.accelerator
+        whole = accelerator.backward
+
         def backward(loss: Tensor, **kwargs: Any) -> None:
             if mixes_losses(loss, graphs):
                 raise RuntimeError(
-                    f"{type(trainer).__name__}.training_step adds something to the loss of "
+                    f"{type(self._trainer).__name__}.training_step adds something to the loss of "
                     "compute_loss, which the second pass would not repeat. Add it in compute_loss, "
                     "or set sam_rho=0."
                 )
             whole(loss, **kwargs)
 
-        recorders = policy_recorders(trainer, lambda: recorded[-1] if recorded else None)
-        watched = {"backward": backward} if engine.ledger.is_watched else {}
-        with (
-            patched(trainer, compute_loss=record, **recorders),
-            patched(trainer.accelerator, **watched),
-        ):
-            loss = self._training_step(*self._arguments)
-        if not recorded:
-            raise RuntimeError(
-                f"{type(trainer).__name__}.training_step never called compute_loss, so there is "
-                "nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
-                "set sam_rho=0."
-            )
-        for kept in recorded:
-            calls.inputs.observe(kept)
-        if not calls.loss_scale.is_done:
-            calls.loss_scale.end_ascent(loss)
-        return loss
+        return patched(accelerator, backward=backward)
 
     def defer(self) -> None:
         """Record the micro-batch without an ascent pass."""
         (model, inputs, num_items), calls = self._arguments, self._training.calls
         prepared = self._trainer._prepare_inputs(inputs)
         kept = calls.inputs.keep(((model, prepared), {"num_items_in_batch": num_items}))
-        closure = functools.partial(calls.replay, model, kept, num_items)
+        closure = functools.partial(calls.repeat, model, kept, num_items)
         self._training.engine.recorder.calls.append(RecordedCall(closure, share=0.0))
 
 

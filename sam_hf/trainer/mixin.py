@@ -196,6 +196,7 @@ class SAMTrainerMixin(PublishingMixin, _Base):
 
     def _sam_on_event(self, call: Callable[..., Any], event: str, *args: Any, **kwargs: Any) -> Any:
         """Act before the callbacks, which may save the model at the end."""
+        training = self._sam_training
         if event == "on_train_begin":
             # The model (model_init), the options (a search), the batch size (a retry after running
             # out of memory) may differ from those of an earlier run.
@@ -206,10 +207,10 @@ class SAMTrainerMixin(PublishingMixin, _Base):
         elif event == "on_train_end":
             if self._sam_auxiliary is not None:
                 self._sam_auxiliary.remove()  # before the model is pushed for the last time
-            if self._sam_training is not None:
-                self._sam_training.end()
-        elif event in ("on_pre_optimizer_step", "on_step_end") and self._sam_training is not None:
-            self._sam_training.require_training_step()  # a loop may report one event alone
+            if training is not None:
+                training.end()
+        elif training is not None and event in ("on_pre_optimizer_step", "on_step_end"):
+            training.require_training_step()  # a loop may report one event alone
         return call(event, *args, **kwargs)
 
     def hyperparameter_search(

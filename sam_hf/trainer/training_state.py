@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,10 +20,10 @@ from ..distributed.validation import can_cut_micro_batches, overrides, why_not_d
 from ..engine.method_state import MethodStateCheckpoint
 from ..engine.parameters import TrainedParameters, canonical_name
 from ..engine.schedule import describe_cost, interval_of, learning_rate_share, rho_at
-from ..engine.state import StateTracker, patched
+from ..engine.state import StateTracker, call_and_restore, patched
 from ..engine.subset import AscentSubset
 from ..engine.update import UpdateEngine
-from .micro_batch import CallReplayer, TrainerMicroBatch
+from .micro_batch import LossCalls, TrainerMicroBatch
 
 if TYPE_CHECKING:
     from .mixin import SAMTrainerMixin
@@ -83,7 +84,7 @@ class TrainingState:
         self.subset = AscentSubset(
             config.sam_ascent_fraction, *sizes, can_cut, can_defer, args.seed
         )
-        self.calls = CallReplayer(trainer)
+        self.calls = LossCalls(trainer)
         self.was_reached = False  # whether the Trainer has called `training_step`
         self.first_update: int = trainer.state.global_step
         self._interval = interval_of(config)
@@ -92,6 +93,7 @@ class TrainingState:
         self._flos_are_due = False
         self._flos_of = trainer.floating_point_ops
         self._patches = ExitStack()
+        self._patches.callback(self.calls.unhook)
         self._patches.enter_context(patched(trainer, floating_point_ops=self._count_flos))
         if is_watched and layout.hides_gradients:
             self._patches.callback(model.register_forward_hook(self._refuse_hidden).remove)
@@ -129,7 +131,9 @@ class TrainingState:
                 self.method_state.keep(update)
         self._flos_are_due = True
         rho = rho_at(config, update, total, share)
-        return self.engine.step(TrainerMicroBatch(self, arguments, training_step, rho))
+        self.calls.hook()
+        batch = TrainerMicroBatch(self, arguments, training_step, rho)
+        return call_and_restore(functools.partial(self.engine.step, batch), self.calls.end_pass)
 
     # ---- Counting and logging ----------------------------------------------------------------
 

@@ -17,7 +17,7 @@ def policy_recorders(
 ) -> dict[str, Callable[..., Any]]:
     """Methods that add the log-probabilities at w to recorded inputs without a sampling policy.
 
-    GRPO's surrogate weighs each sample by the ratio of the policy to the one that drew it (arXiv
+    GRPO's surrogate weighs each sample by the ratio of the policy to the sampling policy (arXiv
     2402.03300, eq. 3). If nothing was updated since, TRL uses the current policy as the latter. At
     w + e that is another policy: the ratio would be 1 whatever e is, and nothing would be clipped.
     With the log-probabilities at w among its inputs, the second pass has the first's surrogate.

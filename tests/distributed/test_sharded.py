@@ -88,13 +88,14 @@ FAILING = {
     for layout in ("fsdp2-load", "fsdp2")
     for scope in ("batch", "micro_batch")
 }
+REFUSED = {"own-loss": case("fsdp2", steps=2, runs_model=True)}
 # |w - twin|, where the passes compute in less than float64: Llama's norms and loss are of float32.
 TOLERANCE = {"bf16": 1e-3, "tensor-parallel": 1e-8, "tensor-parallel-micro_batch": 1e-8}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch("layout_worker.py", CASES | FAILING, tmp_path_factory.mktemp("fsdp2"))
+    return launch("layout_worker.py", CASES | FAILING | REFUSED, tmp_path_factory.mktemp("fsdp2"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -146,6 +147,12 @@ def test_after_a_failure_at_w_plus_e_nobody_sees_it_also_not_in_weights_that_wer
         for n, w in seen[name]["before"].items():
             assert torch.equal(seen[name]["weights"][n], w)
         assert seen[name]["evaluated"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_outside_of_compute_loss_is_refused_where_fsdp2_hides_its_gradient(runs):
+    for seen in runs:
+        assert seen["own-loss"]["error"].startswith("RuntimeError: The model is run in training_st")
+        assert "set gradient_accumulation_steps=1 or sam_rho=0" in seen["own-loss"]["error"]
 
 
 def test_a_weight_that_fsdp2_and_tensor_parallelism_cut_in_one_dimension_is_cut_in_four():

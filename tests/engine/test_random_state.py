@@ -78,6 +78,19 @@ def test_several_states_of_numpy_come_back_in_any_order():
         assert np.random.rand(700).tolist() == expected[i]
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_as_many_numbers_as_bring_the_position_back_are_noticed(draw):
+    """The generator makes 624 words at once, and a number takes two."""
+    draw()
+    RandomState()
+    for _ in range(312):
+        draw()
+    state = RandomState()
+    expected = draw()
+    state.restore()
+    assert draw() == expected
+
+
 def test_a_state_is_not_read_again_while_nothing_was_drawn(monkeypatch):
     np.random.seed(0)
     RandomState()

@@ -179,8 +179,7 @@ def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, mo
 def test_a_non_finite_sharpness_does_not_spoil_the_mean():
     readings = Metrics()
     for value in (1.0, float("nan"), 3.0, float("inf")):
-        readings.add_losses(torch.tensor(2.0), torch.tensor(2.0 + value))
-    readings.add_losses(torch.tensor(float("inf")), torch.tensor(float("inf")))
+        readings.add_sharpness(torch.tensor(value))
     readings.set(grad_cosine=torch.tensor(float("nan")), perturbation_norm=torch.tensor(0.5))
     assert readings.pop(torch.stack) == {"sam_sharpness": 2.0, "sam_perturbation_norm": 0.5}
     assert readings.pop(torch.stack) == {}
@@ -190,7 +189,7 @@ def test_a_non_finite_sharpness_does_not_spoil_the_mean():
 def test_the_mean_over_any_number_of_updates_is_that_of_all_of_them(count):
     readings = Metrics()
     for i in range(count):
-        readings.add_losses(torch.tensor(float(i)), torch.tensor(3.0 * i))
+        readings.add_sharpness(torch.tensor(2.0 * i))
         readings.add_passes(1 + i % 2)
     expected = sum(2.0 * i for i in range(count)) / count
     assert readings.pop(torch.stack) == {
@@ -202,9 +201,9 @@ def test_the_mean_over_any_number_of_updates_is_that_of_all_of_them(count):
 
 def test_readings_are_means_over_the_processes_that_have_any():
     first, second = Metrics(), Metrics()
-    first.add_losses(torch.tensor(1.0), torch.tensor(2.0))
+    first.add_sharpness(torch.tensor(1.0))
     for value in (2.0, 6.0, float("nan")):
-        second.add_losses(torch.tensor(1.0), torch.tensor(1.0 + value))
+        second.add_sharpness(torch.tensor(value))
     second.set(perturbation_norm=torch.tensor(0.5))
     said: list[torch.Tensor] = []
 

@@ -48,7 +48,7 @@ def both_passes(tracker, write, check):
     write()
     tracker.observe(before)
     once = check()
-    after = tracker.capture()
+    after = tracker.capture(since=before)
     before.restore()  # the replay finds what the first pass found
     write()
     again = check()
@@ -62,7 +62,7 @@ def repeated(tracker, write):
     before = tracker.capture()
     write()
     if tracker.observe(before):
-        after = tracker.capture()
+        after = tracker.capture(since=before)
         before.restore()
         write()
         after.restore()
@@ -353,7 +353,7 @@ def test_a_tensor_that_is_written_late_is_left_as_its_first_pass_left_it(size):
         is_known = tracker.observe(before)
         # Of a large tensor the replay does not find what its first pass found, once.
         assert is_known == (size < LARGE or number != 3)
-        after = tracker.capture()
+        after = tracker.capture(since=before)
         before.restore()
         write()
         after.restore()
@@ -375,7 +375,7 @@ def test_of_two_calls_of_one_step_each_is_observed_against_what_it_found():
             owner.count += 1
             vars(owner)[name] += 1
         assert [tracker.observe(snapshot) for snapshot in snapshots] == [True, True]
-        after = tracker.capture()
+        after = tracker.capture(since=snapshots[-1])
         for snapshot, (a, c) in zip(snapshots, ((0, 0), (1, 0)), strict=True):
             snapshot.restore()
             assert (float(owner.a[0]), float(owner.c[0])) == (update - 1 + a, update - 1 + c)
@@ -741,7 +741,7 @@ def test_buffers_written_in_a_forward_pass_are_written_once(layer):
         tracker.observe(before)
         once = {name: b.clone() for name, b in model.named_buffers()}
         objects = dict(model.named_buffers())
-        after = tracker.capture()
+        after = tracker.capture(since=before)
         before.restore()
         assert all(torch.equal(b, found[name]) for name, b in model.named_buffers())
         model(x * 10 + 3)
@@ -785,7 +785,7 @@ def test_frozen_weights_that_a_forward_pass_writes_are_written_once(how, size):
         forward()
         tracker.observe(before)
         once = [p.clone() for p in model["teacher"].parameters()]
-        after = tracker.capture()
+        after = tracker.capture(since=before)
         forward()
         assert not torch.equal(model["teacher"].weight, once[0])
         after.restore()
@@ -818,7 +818,7 @@ def test_frozen_weights_that_outweigh_the_trained_ones_are_not_copied_unless_the
         assert is_known == (number > 0)  # its copy is missing once
         once, after = teacher.weight.clone(), None
         start = bytes_of_tensors()
-        after = tracker.capture()
+        after = tracker.capture(since=before)
         assert bytes_of_tensors() - start == teacher.weight.nbytes
         forward()
         after.restore()

@@ -177,7 +177,7 @@ class Snapshot:
     replaced_methods: list[str]
 
 
-_REPLACED_FOR_A_RUN = {"floating_point_ops"}
+_REPLACED_FOR_A_RUN = {"floating_point_ops", "compute_loss", "_prepare_inputs"}
 
 
 class _Watched:
@@ -200,6 +200,12 @@ class _Watched:
             return super().training_step(*args, **kwargs)
         finally:
             self.snapshots.append(self._look())
+
+    def _active_hooks(self) -> list[str]:
+        """What would still record or repeat calls of `compute_loss`."""
+        training = getattr(self, "_sam_training", None)
+        names = ("record", "repeated", "latest", "is_running") if training is not None else ()
+        return [name for name in names if getattr(training.calls, name)]
 
     def _look(self) -> Snapshot:
         parameters = dict(self.model.named_parameters())
@@ -228,7 +234,8 @@ class _Watched:
                 name
                 for name in vars(self)
                 if callable(getattr(type(self), name, None)) and name not in _REPLACED_FOR_A_RUN
-            ],
+            ]
+            + self._active_hooks(),
         )
 
 

@@ -105,6 +105,14 @@ def untrained(case: dict[str, Any], model: Any = None) -> Any:
     return model
 
 
+class RunsTheModelItself(SAMTrainer):
+    """A training step that adds the gradient of a loss of its own."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        self.accelerator.backward(model(**inputs)["loss"] * 0.1)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
 def as_on_gpus() -> None:
     """On CPUs, Accelerate turns FSDP off without a word, and refuses tensor parallelism.
 
@@ -141,7 +149,7 @@ def build(case: dict[str, Any], folder: Path) -> Any:
         # It would first compile its sums through shared memory, for minutes.
         patch("deepspeed.comm.torch.build_shm_op", lambda: None).start()
     watch = Watch()
-    trainer = SAMTrainer(
+    trainer = (RunsTheModelItself if case.get("runs_model") else SAMTrainer)(
         model=model,
         args=args,
         train_dataset=data(kind),
