@@ -45,16 +45,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_arguments import Options
-from comparison_costs import measure_costs
-from comparison_data import TUNING_SEEDS, Task
-from comparison_recipes import PLAIN, Recipe, RecipeBook
-from comparison_report import report
-from comparison_results import ResultsFile, RunSpec, read_results
-from comparison_runs import plain_length, run_all
-from comparison_tasks import build_task
-from comparison_tuning import conclude, read_rho_file, read_searches, warn_of_other_settings
-from script_utils import InputError, OptionParser, require_writable, run_script
+from common.script_utils import InputError, OptionParser, require_writable, run_script
+from compare.arguments import Options
+from compare.costs import measure_costs
+from compare.data import TUNING_SEEDS, Task
+from compare.recipes import PLAIN, Recipe, RecipeBook
+from compare.report import report
+from compare.results import ResultsFile, RunSpec, read_results
+from compare.runs import plain_length, run_all
+from compare.tasks import build_task
+from compare.tuning import conclude, read_rho_file, read_searches, warn_of_other_settings
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

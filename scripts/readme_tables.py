@@ -17,9 +17,9 @@ import re
 import sys
 from pathlib import Path
 
-from comparison_measures_table import measures_table
-from comparison_report import gain_table, main_table, make_rows
-from comparison_results import finished_runs
+from compare.measures_table import measures_table
+from compare.report import gain_table, main_table, make_rows
+from compare.results import finished_runs
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import (
+from common.experiment import (
     build_trainer,
     load_pretrained,
     prepare,
@@ -27,10 +27,10 @@ from experiment import (
     show_results,
     train_and_compare,
 )
-from lm_data import DataArguments, all_texts, load_lm_data, train_tokenizer
-from script_utils import InputError, OptionParser, leave_for_missing_package, run_script
-from shared_arguments import ModelArguments, SharpnessArguments, output_dir_field
-from training_utils import Run
+from common.lm_data import DataArguments, all_texts, load_lm_data, train_tokenizer
+from common.script_utils import InputError, OptionParser, leave_for_missing_package, run_script
+from common.shared_arguments import ModelArguments, SharpnessArguments, output_dir_field
+from common.training_utils import Run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

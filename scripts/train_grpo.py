@@ -24,7 +24,7 @@ from typing import Any
 
 import datasets
 import torch
-from experiment import (
+from common.experiment import (
     build_trainer,
     load_pretrained,
     prepare,
@@ -32,10 +32,10 @@ from experiment import (
     show_results,
     train_and_compare,
 )
-from script_utils import OptionParser, leave_for_missing_package, run_script
-from shared_arguments import ModelArguments, ScriptArguments, output_dir_field
+from common.script_utils import OptionParser, leave_for_missing_package, run_script
+from common.shared_arguments import ModelArguments, ScriptArguments, output_dir_field
+from common.training_utils import Run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from training_utils import Run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -18,16 +18,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from classification import run_classification
-from experiment import (
+from common.classification import run_classification
+from common.experiment import (
     build_trainer,
     class_labels,
     load_classifier,
     load_pretrained,
     prepare,
 )
-from image_arguments import DataArguments, ModelArguments, TrainArguments
-from image_data import (
+from common.image_arguments import DataArguments, ModelArguments, TrainArguments
+from common.image_data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     ImageData,
@@ -35,9 +35,10 @@ from image_data import (
     LabeledImages,
     load_image_data,
 )
-from script_utils import InputError, OptionParser, run_script
-from shared_arguments import require_multiple
-from training_utils import Run, load_metric
+from common.script_utils import InputError, OptionParser, run_script
+from common.shared_arguments import require_multiple
+from common.training_utils import Run, load_metric
+from common.wide_resnet import WideResNetConfig, WideResNetForImageClassification
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -48,7 +49,6 @@ from transformers import (
     ViTImageProcessorPil,
     set_seed,
 )
-from wide_resnet import WideResNetConfig, WideResNetForImageClassification
 
 from sam_hf import SAMTrainer
 

@@ -19,7 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from experiment import (
+from common.experiment import (
     build_trainer,
     load_pretrained,
     prepare,
@@ -27,12 +27,17 @@ from experiment import (
     show_results,
     train_and_compare,
 )
-from labeled_data import require_column
-from lm_data import all_texts, load_source, require_texts, train_tokenizer
-from script_utils import InputError, OptionParser, run_script
-from shared_arguments import ModelArguments, SharpnessArguments, SourceArguments, output_dir_field
-from stdlib_docstrings import describe_source, read_docstrings
-from training_utils import Run
+from common.labeled_data import require_column
+from common.lm_data import all_texts, load_source, require_texts, train_tokenizer
+from common.script_utils import InputError, OptionParser, run_script
+from common.shared_arguments import (
+    ModelArguments,
+    SharpnessArguments,
+    SourceArguments,
+    output_dir_field,
+)
+from common.stdlib_docstrings import describe_source, read_docstrings
+from common.training_utils import Run
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,

@@ -17,17 +17,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import datasets
-from classification import run_classification
-from experiment import (
+from common.classification import run_classification
+from common.experiment import (
     build_trainer,
     class_labels,
     load_classifier,
     load_pretrained,
     prepare,
 )
-from script_utils import InputError, OptionParser, run_script
-from text_arguments import DataArguments, ModelArguments, TrainArguments
-from text_data import MULTI, SINGLE, TEXTS, TextData, load_text_data
+from common.script_utils import InputError, OptionParser, run_script
+from common.text_arguments import DataArguments, ModelArguments, TrainArguments
+from common.text_data import MULTI, SINGLE, TEXTS, TextData, load_text_data
+from common.training_utils import Run, load_metric
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -37,7 +38,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from training_utils import Run, load_metric
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import datasets
 import evaluate
 import pytest
-from experiment import watch_sharpness
-from image_arguments import TrainArguments
-from script_utils import InputError, OptionParser
+from common.experiment import watch_sharpness
+from common.image_arguments import TrainArguments
+from common.script_utils import InputError, OptionParser
 from train_image_classification import main
 
 DIGITS = "--hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --use_cpu "

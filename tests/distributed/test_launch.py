@@ -16,8 +16,8 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from image_arguments import DataArguments
-from image_data import load_image_data
+from common.image_arguments import DataArguments
+from common.image_data import load_image_data
 from safetensors import safe_open
 from scaling_table import bytes_sent
 from transformers import AutoImageProcessor, AutoModelForImageClassification

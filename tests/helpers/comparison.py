@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from comparison_arguments import Options
-from comparison_tasks import Task, build_task
+from compare.arguments import Options
+from compare.tasks import Task, build_task
 
 RECIPES = {
     "plain": {"description": "one pass", "group": "plain", "trainer": "plain"},

@@ -25,7 +25,7 @@ from sam_hf.engine.parameters import select_parameters
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "transformer-tiny", "--batch_size", "2", "--sequence_length", "16"]
 TINY += ["--threads", "1"]
-SCRIPT = ROOT / "scripts" / "benchmark_step.py"
+SCRIPT = ROOT / "scripts" / "benchmarks" / "benchmark_step.py"
 
 
 def launch(
@@ -174,7 +174,7 @@ def gpu_commands() -> list[list[str]]:
 
 def test_the_commands_for_a_gpu_say_what_they_are_to_measure():
     commands = [" ".join(command) for command in gpu_commands()]
-    assert all(c.startswith("python scripts/benchmark_step.py") for c in commands)
+    assert all(c.startswith("python scripts/benchmarks/benchmark_step.py") for c in commands)
     assert all("--device cuda" in c for c in commands)
     for wanted in ("vit-base", "decoder-1b", "bf16", "fp16", "--torch_compile", "--layout"):
         assert any(wanted in c for c in commands), wanted

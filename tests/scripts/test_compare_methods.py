@@ -12,17 +12,17 @@ from scipy import stats
 pytest.importorskip("sam_hf")
 
 import compare_methods
-import comparison_costs
-import comparison_report
-import comparison_runs
+from common.script_utils import InputError
+from compare import costs as comparison_costs
+from compare import report as comparison_report
+from compare import runs as comparison_runs
+from compare.data import TUNING_SEEDS
+from compare.recipes import Recipe, RecipeBook
+from compare.report import gain_table, make_rows
+from compare.results import ResultsFile, RunSpec, finished_runs
+from compare.runs import build_trainer, plain_length, train_once
+from compare.statistics import mean_interval, paired_gain, share
 from comparison import RECIPES, TINY, tiny_task, write_recipes
-from comparison_data import TUNING_SEEDS
-from comparison_recipes import Recipe, RecipeBook
-from comparison_report import gain_table, make_rows
-from comparison_results import ResultsFile, RunSpec, finished_runs
-from comparison_runs import build_trainer, plain_length, train_once
-from comparison_statistics import mean_interval, paired_gain, share
-from script_utils import InputError
 
 PASSES = {"plain": 1.0, "sam": 2.0, "every 2nd": 1.5, "last half": 1.5, "quarter": 1.25}
 

@@ -15,17 +15,17 @@ from transformers import EvalPrediction
 pytest.importorskip("sam_hf")
 
 import compare_methods
-import comparison_measures
+from compare import measures as comparison_measures
+from compare.format import in_order
+from compare.measures import calibration_error, scores
+from compare.measures_table import measures_table
+from compare.recipes import Recipe
+from compare.report import make_rows, title
+from compare.results import RunSpec
+from compare.runs import build_trainer, train_once
+from compare.sharpness_plot import draw_sharpness
+from compare.tasks import build_task
 from comparison import tiny_task
-from comparison_format import in_order
-from comparison_measures import calibration_error, scores
-from comparison_measures_table import measures_table
-from comparison_recipes import Recipe
-from comparison_report import make_rows, title
-from comparison_results import RunSpec
-from comparison_runs import build_trainer, train_once
-from comparison_sharpness_plot import draw_sharpness
-from comparison_tasks import build_task
 
 SAM = Recipe("sam", "d", options={"sam_rho": 0.1})
 SPEC = RunSpec("sam", "0.4", 1)
@@ -109,7 +109,7 @@ def test_a_run_records_calibration_and_the_mean_accuracy_on_corrupted_images():
 
 def test_no_corruption_at_all_gives_back_the_test_images(monkeypatch):
     task, _ = tiny_task()
-    monkeypatch.setattr("comparison_images.corrupt", lambda pixels, kind, severity: pixels)
+    monkeypatch.setattr("compare.images.corrupt", lambda pixels, kind, severity: pixels)
     _, scored = task.sets("0.4", 1, is_tuning=False)
     for images in task.corrupted_sets().values():
         assert len(images) == len(scored)

@@ -8,13 +8,13 @@ import torch
 pytest.importorskip("sam_hf")
 
 import compare_methods
-import third_party_sam
+from common.script_utils import InputError
+from compare import third_party_sam
+from compare.arguments import Options
+from compare.recipes import Recipe, RecipeBook
+from compare.results import RunSpec
+from compare.runs import build_trainer, train_once, train_quietly
 from comparison import RECIPES, TINY, tiny_task, write_recipes
-from comparison_arguments import Options
-from comparison_recipes import Recipe, RecipeBook
-from comparison_results import RunSpec
-from comparison_runs import build_trainer, train_once, train_quietly
-from script_utils import InputError
 
 needs_package = pytest.mark.skipif(
     not third_party_sam.is_installed(), reason=f"{third_party_sam.PACKAGE} is not installed"

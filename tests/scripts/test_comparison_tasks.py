@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("sam_hf")
 
-from comparison_arguments import Options
-from comparison_recipes import Recipe
-from comparison_results import RunSpec
-from comparison_runs import train_once
-from comparison_tasks import build_task
-from script_utils import InputError
+from common.script_utils import InputError
+from compare.arguments import Options
+from compare.recipes import Recipe
+from compare.results import RunSpec
+from compare.runs import train_once
+from compare.tasks import build_task
 
 
 @pytest.fixture

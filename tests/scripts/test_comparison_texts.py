@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("sam_hf")
 
 import compare_methods
+from common.script_utils import InputError
+from compare.arguments import Options
+from compare.recipes import Recipe
+from compare.results import RunSpec
+from compare.runs import build_trainer, train_once
+from compare.tasks import build_task
 from comparison import write_recipes
-from comparison_arguments import Options
-from comparison_recipes import Recipe
-from comparison_results import RunSpec
-from comparison_runs import build_trainer, train_once
-from comparison_tasks import build_task
-from script_utils import InputError
 from train_text_classification import train_tokenizer
 from transformers import BertConfig, BertModel, set_seed
 

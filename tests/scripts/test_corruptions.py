@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corruptions import CORRUPTIONS, corrupt
+from compare.corruptions import CORRUPTIONS, corrupt
 
 SIDES = (8, 32)
 

@@ -6,15 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-import image_data
 import numpy as np
 import pytest
 import torch
-from image_arguments import DataArguments
-from image_data import ImageTensors, load_image_data, random_crop_and_flip
-from labeled_data import add_symmetric_noise
+from common import image_data
+from common.image_arguments import DataArguments
+from common.image_data import ImageTensors, load_image_data, random_crop_and_flip
+from common.labeled_data import add_symmetric_noise
+from common.script_utils import InputError
 from PIL import Image
-from script_utils import InputError
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from image_arguments import DataArguments
-from resuming import SETTINGS_NAME, checkpoint_to_resume, write_settings
-from script_utils import InputError
+from common.image_arguments import DataArguments
+from common.resuming import SETTINGS_NAME, checkpoint_to_resume, write_settings
+from common.script_utils import InputError
 from train_image_classification import main
 
 from sam_hf import SAMTrainingArguments

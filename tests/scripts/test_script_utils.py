@@ -11,14 +11,14 @@ from pathlib import Path
 
 import datasets
 import pytest
-from safetensors import SafetensorError
-from script_utils import (
+from common.script_utils import (
     InputError,
     OptionParser,
     check_training_arguments,
     require_writable,
     run_script,
 )
+from safetensors import SafetensorError
 
 from sam_hf import SAMTrainingArguments
 
@@ -200,7 +200,7 @@ READERS = logging.getLogger("datasets.packaged_modules")
 def script_surroundings(monkeypatch):
     """What `run_script` sets for the whole process is put back."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("script_utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
     level, has_bars = READERS.level, not datasets.utils.are_progress_bars_disabled()
     yield
     READERS.setLevel(level)

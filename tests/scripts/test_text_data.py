@@ -11,14 +11,14 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
-import stdlib_docstrings
+from common import stdlib_docstrings
+from common.script_utils import InputError
+from common.stdlib_docstrings import SECTIONS, read_docstrings
+from common.text_arguments import DataArguments
+from common.text_data import MULTI, REGRESSION, SINGLE, load_text_data
+from common.training_utils import load_metric
 from scipy.stats import pearsonr, spearmanr
-from script_utils import InputError
 from sklearn.metrics import f1_score, matthews_corrcoef
-from stdlib_docstrings import SECTIONS, read_docstrings
-from text_arguments import DataArguments
-from text_data import MULTI, REGRESSION, SINGLE, load_text_data
-from training_utils import load_metric
 
 
 @pytest.fixture(autouse=True)

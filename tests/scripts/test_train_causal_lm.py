@@ -20,9 +20,15 @@ pytest.importorskip("peft")
 
 
 import train_causal_lm
-from lm_data import DataArguments, all_texts, language_reference, load_lm_data, train_tokenizer
+from common.lm_data import (
+    DataArguments,
+    all_texts,
+    language_reference,
+    load_lm_data,
+    train_tokenizer,
+)
+from common.script_utils import InputError, OptionParser, run_script
 from peft import PeftModel
-from script_utils import InputError, OptionParser, run_script
 from train_causal_lm import LanguageModelArguments, TrainArguments, main
 
 ROOT = Path(__file__).parents[2]
@@ -313,7 +319,7 @@ def test_bad_input_is_refused_before_the_training(tmp_path, options, message):
 
 def test_bad_input_from_the_command_line_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("script_utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
     with pytest.raises(SystemExit) as end:
         run_script(main, ["--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
     assert end.value.code == 2

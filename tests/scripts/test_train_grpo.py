@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("trl")
 
 
-from script_utils import InputError, OptionParser
-from shared_arguments import ModelArguments
+from common.script_utils import InputError, OptionParser
+from common.shared_arguments import ModelArguments
 from train_grpo import (
     CHARACTERS,
     PromptArguments,

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import experiment
 import numpy as np
 import pytest
 import torch
-import training_utils
-from experiment import method_name
-from image_arguments import DataArguments, ModelArguments, TrainArguments
-from image_data import load_image_data
+from common import experiment, training_utils
+from common.experiment import method_name
+from common.image_arguments import DataArguments, ModelArguments, TrainArguments
+from common.image_data import load_image_data
+from common.script_utils import InputError, OptionParser, run_script
 from PIL import Image
-from script_utils import InputError, OptionParser, run_script
 from train_image_classification import main
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, pipeline
 
@@ -259,7 +258,7 @@ def test_options_that_do_not_fit_are_refused_before_the_training(tmp_path, optio
 
 def test_bad_input_from_the_command_line_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("script_utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
     folder = write_folder(tmp_path / "data", ("cat", "dog"))
     (tmp_path / "key.yaml").write_text("sam_roh: 1")
     for options in (

@@ -9,9 +9,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from lm_data import train_tokenizer
-from script_utils import InputError, OptionParser
-from shared_arguments import ModelArguments
+from common.lm_data import train_tokenizer
+from common.script_utils import InputError, OptionParser
+from common.shared_arguments import ModelArguments
 from train_summarization import (
     SENTENCE_AND_REST,
     DataArguments,

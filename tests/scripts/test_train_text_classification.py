@@ -11,9 +11,9 @@ import datasets
 import evaluate
 import pytest
 import torch
-from script_utils import InputError, OptionParser, run_script
-from stdlib_docstrings import SECTIONS
-from text_arguments import DataArguments, ModelArguments, TrainArguments
+from common.script_utils import InputError, OptionParser, run_script
+from common.stdlib_docstrings import SECTIONS
+from common.text_arguments import DataArguments, ModelArguments, TrainArguments
 from train_text_classification import encode, main, train_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -220,7 +220,7 @@ def test_options_that_do_not_fit_are_refused_before_the_training(
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, animals, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("script_utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
     datasets.disable_progress_bars()
     for options in (
         "--train_file nowhere.csv",

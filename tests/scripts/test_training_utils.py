@@ -9,9 +9,9 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from common.training_utils import Run, format_runs, load_metric, plot_curves, train
 from PIL import Image
 from sklearn.metrics import accuracy_score
-from training_utils import Run, format_runs, load_metric, plot_curves, train
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from sam_hf import SAMConfig, SAMTrainer

@@ -10,12 +10,12 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from image_arguments import DataArguments, ModelArguments
-from image_data import CIFAR10_MEAN, ImageTensors, load_image_data
+from common.image_arguments import DataArguments, ModelArguments
+from common.image_data import CIFAR10_MEAN, ImageTensors, load_image_data
+from common.wide_resnet import WideBlock, WideResNetConfig, WideResNetForImageClassification
 from PIL import Image
 from train_image_classification import build_model, main
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
-from wide_resnet import WideBlock, WideResNetConfig, WideResNetForImageClassification
 
 SCRIPT = "--model_type wide_resnet --depth 10 --width 1 --optim sgd --use_cpu --save_strategy no"
 BATCHES = "--per_device_train_batch_size 16 --per_device_eval_batch_size 512"

@@ -9,11 +9,11 @@ from pathlib import Path
 import datasets
 import evaluate
 import pytest
-import rho_search
 import torch
 import train_image_classification
 import train_text_classification
-from script_utils import InputError
+from common import rho_search
+from common.script_utils import InputError
 from tiny import Classifier, Spy, arguments, examples, sam_trainer, weights
 from transformers import TrainerCallback
 
@@ -144,7 +144,7 @@ def test_the_script_searches_on_a_part_of_the_training_data_and_trains_with_the_
     ]
     assert sorted(parts) == sorted(row["input_ids"] for row in training.train_dataset)
 
-    found = json.loads((tmp_path / "a" / "rho_search.json").read_text())
+    found = json.loads((tmp_path / "a" / "common.rho_search.json").read_text())
     scores = [trial["accuracy"] for trial in found["trials"]]
     rhos = [trial["sam_rho"] for trial in found["trials"]]
     assert len(set(rhos)) == 3 and all(0.2 <= rho <= 0.4 for rho in rhos)
@@ -184,7 +184,7 @@ def test_the_trials_of_a_search_that_is_interrupted_are_kept(tmp_path, capfd):
     )
     with pytest.raises(KeyboardInterrupt):
         rho_search.search_rho(build, Classifier(), args, "score")
-    found = json.loads((tmp_path / "rho_search.json").read_text())
+    found = json.loads((tmp_path / "common.rho_search.json").read_text())
     assert len(found["trials"]) == 2 and found["best_sam_rho"] == found["trials"][0]["sam_rho"]
     assert "Traceback" not in capfd.readouterr().err
 
@@ -204,7 +204,7 @@ def test_the_best_rho_is_the_one_with_the_highest_score(tmp_path):
         str(tmp_path), use_cpu=True, max_steps=1, search_rho=4, search_rho_range=[0.1, 0.9]
     )
     best = rho_search.search_rho(build, Classifier(), args, "score")
-    found = json.loads((tmp_path / "rho_search.json").read_text())
+    found = json.loads((tmp_path / "common.rho_search.json").read_text())
     tried = [trial["sam_rho"] for trial in found["trials"]]
     assert len(tried) == 4
     assert best == found["best_sam_rho"] == min(tried, key=lambda rho: abs(rho - 0.3))
@@ -216,7 +216,7 @@ def test_the_image_script_searches_too_around_the_rho_that_is_given(tmp_path):
         tmp_path,
         f"{TINY} --max_train_samples 100 --max_eval_samples 20 --sam_rho 0.3 --search_rho 2",
     )
-    found = json.loads((tmp_path / "rho_search.json").read_text())
+    found = json.loads((tmp_path / "common.rho_search.json").read_text())
     assert all(0.03 <= trial["sam_rho"] <= 3 for trial in found["trials"])
 
 

@@ -1,0 +1,465 @@
+"""How long a SAM update takes, and how much memory, beside what it can be compared with.
+
+    python scripts/benchmarks/benchmark_step.py  # 40M parameters, on the CPU
+    python scripts/benchmarks/benchmark_step.py --device cuda --dtype bf16 --batch_size 32
+    python scripts/benchmarks/benchmark_step.py --model bert-base-uncased --output_json bert.json
+    python scripts/benchmarks/benchmark_step.py --layout ddp --processes 2  # starts them itself
+    python scripts/benchmarks/benchmark_step.py --device cuda --steady  # no pause between updates
+    python scripts/benchmarks/benchmark_step.py --host  # what SAM costs the host
+
+Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
+optimizer step, clearing the gradients; not the loading of data and the writing of logs. All share
+one model and one optimizer. They take turns in an order that is drawn anew in every round, so that
+whatever else the machine does falls on all of them.
+
+    plain                one pass
+    two passes           two passes and nothing between them: the floor for SAM
+    hand-written         two passes, and for each parameter norm, clone, add, copy back
+    hand-written, swap   the same, with the copy put in the parameter's place (`p.data = w`)
+    sam, sam logged, ... SAMTrainer. "logged": an update whose readings (the cosine of g and g_s and
+                         others) will be logged. With logging_steps=10 it is one update in ten.
+
+    ms                   the median over the rounds; the column beside it is the distance between
+                         the quartiles. If it is large beside the differences, other work disturbed
+                         the run: take more --rounds
+    / two passes         ratio of the medians: what SAM costs beyond its two passes
+    / hand-written       ratio of the medians: 1 and below is no slower than by hand
+    extra MiB            peak memory over that of the plain row, counted in bytes of tensors
+    x perturbed          the same in units of the bytes of the parameters that the row perturbs
+
+By default, a turn is a train() of one update, timed from its first micro-batch to its cleared
+gradients, and a GPU is synchronised at both ends. With --steady, a turn is a train() of many
+updates. The time is the mean per update after a warm-up, including the loading of data; a GPU is
+synchronised only before the first and after the last of these updates, so that the host can run
+ahead of it as in a real run.
+
+With --host, tiny models are trained on one CPU thread, where the arithmetic costs next to nothing
+and the time is that of Python and of dispatching the operators. The optimizer is SGD, without
+clipping. All rows of all models take turns as with --steady. Columns, in microseconds of process
+time per update (median over the rounds):
+
+    plain, two passes            as above
+    hand-written - two passes    cost of a hand-written SAM beyond its two passes: gradient norm,
+                                 copy of the weights, perturbation and restoration by multi-tensor
+                                 operations, and torch's random state replayed
+    sam - two passes             the same of SAMTrainer
+    ratio                        of these two; at most 2.0 is the goal
+    launches beyond the passes   operators that an update of SAMTrainer dispatches in addition to
+                                 those of an update of two passes. A multi-tensor operator counts
+                                 once, so that the number should not grow with that of the tensors
+
+The trainers of the last model hold two lists of numbers, such as a history of losses, of 60,000 and
+of 1,000,000. They should make no difference.
+
+With a --layout other than "one", each process trains one row after the other, there and back, each
+with a model and an optimizer of its own. The loops written by hand are left out. Then:
+
+    all_reduce, ...      how many of these collectives an update calls, x the bytes (in MiB) of what
+                         they gather or reduce in all. Counted in one update, from its first pass to
+                         its cleared gradients, not computed
+    calls / pass         the number of all collectives divided by that of the passes (plain: one;
+                         the others: two). SAM's should be at most that of the plain row
+    sent MiB             what each process then sends over a ring
+    / plain              the same in units of the plain row
+    extra MiB            on a GPU alone
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from benchmark_layouts import hand_over, is_started, run_rows, start_processes
+from benchmark_tables import BY_HAND, FLOOR, PLAIN, table
+from benchmark_utils import (
+    BUILT_IN,
+    WARM_UP,
+    Clock,
+    HandWrittenSwapTrainer,
+    HandWrittenTrainer,
+    HostClock,
+    LaunchCounter,
+    LinearStack,
+    MultiTensorTrainer,
+    OneUpdate,
+    TwoPassTrainer,
+    WindowClock,
+    build_model,
+    import_seconds,
+    peak_memory,
+    random_examples,
+)
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from sam_hf import SAMConfig, SAMTrainer
+from sam_hf.engine.parameters import select_parameters
+
+Name = TypeVar("Name", bound=Hashable)
+# The trainer, its SAM options, and whether each of its updates is logged.
+Row = tuple[type[Trainer], dict[str, Any], bool]
+ROWS: dict[str, Row] = {
+    PLAIN: (Trainer, {}, False),
+    FLOOR: (TwoPassTrainer, {}, False),
+    BY_HAND: (HandWrittenTrainer, {}, False),
+    "hand-written, swap": (HandWrittenSwapTrainer, {}, False),
+    "sam": (SAMTrainer, {}, False),
+    "sam, logged": (SAMTrainer, {}, True),
+    "sam, micro_batch": (SAMTrainer, {"sam_scope": "micro_batch"}, False),
+    "sam, norms": (SAMTrainer, {"sam_params": "norms", "sam_rho": 0.5}, False),
+    "asam": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, False),
+    "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
+}
+IN_LAYOUTS = [name for name in ROWS if not name.startswith(BY_HAND)]
+
+HOST_ROWS = {name: ROWS[name] for name in (PLAIN, FLOOR, BY_HAND, "sam")}
+HOST_ROWS[BY_HAND] = (MultiTensorTrainer, {}, False)
+# Linear layers, whether each is followed by BatchNorm, and lengths of lists that the trainer holds.
+HOST_MODELS = {
+    "2 layers, 4 tensors": (2, False, ()),
+    "20 layers, 40 tensors": (20, False, ()),
+    "20 layers, BatchNorm, 80 tensors": (20, True, ()),
+    "2 layers, two long lists": (2, False, (60_000, 1_000_000)),
+}
+HOST_OPTIONS = ("host", "rounds", "updates", "threads", "output_json")
+STEADY_UPDATES, HOST_UPDATES = 20, 60
+
+
+@dataclass
+class BenchmarkArguments:
+    model: str = field(
+        default="transformer-40m",
+        metadata={"help": f"{' or '.join(BUILT_IN)} (built in), or a model's name or folder."},
+    )
+    batch_size: int = field(
+        default=8, metadata={"help": "Examples in a micro-batch, in each process."}
+    )
+    accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches in an update."})
+    sequence_length: int = field(
+        default=128, metadata={"help": "Tokens in an example. Images have their model's size."}
+    )
+    rounds: int = field(default=15, metadata={"help": "How many times every row takes its turn."})
+    steady: bool = field(
+        default=False, metadata={"help": "Time many updates at a stretch, not each of them."}
+    )
+    host: bool = field(
+        default=False,
+        metadata={"help": f"The table of host costs. Its options: {', '.join(HOST_OPTIONS[1:])}."},
+    )
+    updates: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Updates in a turn of --steady (default: {STEADY_UPDATES}) or --host "
+            f"(default: {HOST_UPDATES})."
+        },
+    )
+    rows: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Only these, of {list(ROWS)}. The first two are always there."},
+    )
+    layout: Literal["one", "ddp", "fsdp2", "zero1", "zero2"] = field(
+        default="one", metadata={"help": "One process, or how several share the work."}
+    )
+    processes: int = field(default=2, metadata={"help": "How many, in the other layouts."})
+    dtype: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32",
+        metadata={"help": "What is computed in (autocast, fp32 weights; fp16: scaled on a GPU)."},
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    torch_compile_backend: str = field(default="inductor", metadata={"help": "With what."})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's."})
+    imports: int = field(
+        default=5, metadata={"help": "How many times the imports are measured; 0: not at all."}
+    )
+    output_json: str | None = field(
+        default=None, metadata={"help": "File for the table and every single time in it."}
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "accumulation_steps", "sequence_length", "rounds", "threads")
+        for name in (*positive, "processes", "updates"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed. Allowed: 1 and more.")
+        if self.imports < 0:
+            raise ValueError(f"imports={self.imports} is not allowed. Allowed: 0 and more.")
+        unused = [
+            f.name
+            for f in fields(self)
+            if f.name not in HOST_OPTIONS and getattr(self, f.name) != f.default
+        ]
+        if self.host and unused:
+            raise ValueError(
+                f"host=True does not use {', '.join(unused)}. Its options: "
+                f"{', '.join(HOST_OPTIONS[1:])}."
+            )
+        if self.steady and self.layout != "one":
+            raise ValueError(f"steady=True is not allowed with layout={self.layout!r}.")
+        if self.updates is None:
+            self.updates = HOST_UPDATES if self.host else STEADY_UPDATES if self.steady else None
+        elif not (self.host or self.steady):
+            raise ValueError(f"updates={self.updates} needs --steady or --host.")
+        allowed = list(ROWS) if self.layout == "one" else IN_LAYOUTS
+        if unknown := [row for row in self.rows or [] if row not in allowed]:
+            raise ValueError(
+                f"rows={unknown} is not allowed with layout={self.layout!r}. "
+                f"Allowed: {', '.join(allowed)}."
+            )
+        gpus = torch.cuda.device_count() if self.device == "cuda" else None
+        if gpus is not None and self.layout == "one" and gpus != 1:
+            raise ValueError(
+                f"device='cuda' needs one visible GPU, and here are {gpus}. "
+                "Set CUDA_VISIBLE_DEVICES to one of them, or choose --device cpu."
+            )
+        if gpus is not None and self.layout != "one" and gpus < self.processes:
+            raise ValueError(
+                f"processes={self.processes} with device='cuda' needs as many GPUs, and here are "
+                f"{gpus}. Choose fewer --processes, or --device cpu."
+            )
+        if self.layout.startswith("zero") and find_spec("deepspeed") is None:
+            raise ValueError(f"layout={self.layout!r} needs DeepSpeed: pip install deepspeed.")
+        if self.output_json and not Path(self.output_json).absolute().parent.is_dir():
+            raise ValueError(f"output_json={self.output_json!r}: there is no such folder.")
+
+
+def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure. Returns {"rows": {name: {...}}, "parameters": ..., "imports": ...}."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = build_model(options.model, options.sequence_length)
+    examples = examples_for(model, options)
+    names = [name for name in ROWS if name in (PLAIN, FLOOR) or name in (options.rows or ROWS)]
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up = build_trainer(PLAIN, options, model, examples, folder, None)
+        warm_up.train()  # makes the optimizer and its state, which all rows share
+        # Without Accelerate's wrapper, which would scale with the warm-up's own scaler of fp16.
+        optimizer = warm_up.optimizer.optimizer
+        trainers = {}
+        for name in names:
+            trainer = build_trainer(name, options, model, examples, folder, optimizer)
+            rows[name] = {"peak_bytes": peak_memory(lambda t=trainer: two_updates(t), model)}
+            trainers[name] = trainer
+        clock = WindowClock if options.steady else Clock
+        seconds = take_turns(trainers, options.rounds, clock, updates_in_a_turn(options))
+    for name, row in rows.items():
+        sam_params = ROWS[name][1].get("sam_params", "all")
+        perturbed = select_parameters(model, sam_params).values()
+        row["seconds"] = seconds[name]
+        row["perturbed_bytes"] = sum(p.numel() * p.element_size() for p in perturbed)
+        row["extra_bytes"] = row["peak_bytes"] - rows[PLAIN]["peak_bytes"]
+        row["median_ms"] = 1e3 * statistics.median(seconds[name])
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "inputs": model.main_input_name,
+        "rows": rows,
+        "imports": import_seconds(options.imports) if options.imports else {},
+    }
+
+
+def examples_for(
+    model: torch.nn.Module, options: BenchmarkArguments
+) -> list[dict[str, torch.Tensor]]:
+    """Two updates' examples, as `two_updates` wants, repeated as often as a turn needs them."""
+    processes = 1 if options.layout == "one" else options.processes
+    count = 2 * options.batch_size * options.accumulation_steps * processes
+    repeats = math.ceil(updates_in_a_turn(options) / 2)
+    return random_examples(model, count, options.sequence_length) * repeats
+
+
+def benchmark_host(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure host time and operators. Returns {"host": {model: {"seconds": ..., ...}}, ...}."""
+    torch.set_num_threads(options.threads or 1)
+    torch.manual_seed(0)
+    updates = updates_in_a_turn(options)
+    trainers, launches = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (layers, has_batch_norm, lengths) in HOST_MODELS.items():
+            for row in HOST_ROWS:
+                model = LinearStack(layers, has_batch_norm)
+                trainer = build_trainer(
+                    row,
+                    options,
+                    model,
+                    model.examples(updates * options.batch_size),
+                    folder,
+                    None,
+                    HOST_ROWS,
+                    optim="sgd",
+                    max_grad_norm=0.0,
+                )
+                for length in lengths:
+                    setattr(trainer, f"history_{length}", list(range(length)))
+                trainers[name, row] = trainer
+                launches[name, row] = count_launches(trainer)
+        seconds = take_turns(trainers, options.rounds, HostClock, updates)
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "host": {
+            name: {
+                "seconds": {row: seconds[name, row] for row in HOST_ROWS},
+                "launches": {row: launches[name, row] for row in HOST_ROWS},
+            }
+            for name in HOST_MODELS
+        },
+    }
+
+
+def count_launches(trainer: Trainer) -> int:
+    """The operators that one update dispatches."""
+    counter = LaunchCounter()
+    callback = OneUpdate(counter)
+    trainer.add_callback(callback)
+    trainer.args.max_steps = WARM_UP + 1
+    trainer.train()
+    trainer.remove_callback(callback)
+    return counter.launches
+
+
+def benchmark_layout(options: BenchmarkArguments) -> dict[str, Any]:
+    """Measure in each of the processes. Returns what `benchmark` does."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    chosen = options.rows or ["sam", "sam, micro_batch"]
+    names = [name for name in IN_LAYOUTS if name in (PLAIN, FLOOR) or name in chosen]
+    torch.manual_seed(0)
+    first = build_model(options.model, options.sequence_length)
+    examples = examples_for(first, options)
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(name: str, model: torch.nn.Module, **more: Any) -> Trainer:
+            return build_trainer(name, options, model, examples, folder, None, **more)
+
+        rows = run_rows(names, options, lambda: copy.deepcopy(first), trainer)
+    for row in rows.values():
+        row["median_ms"] = 1e3 * statistics.median(row["seconds"])
+    return {
+        "options": asdict(options),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in first.parameters()),
+        "inputs": first.main_input_name,
+        "rows": rows,
+        "imports": {},
+    }
+
+
+def build_trainer(
+    name: str,
+    options: BenchmarkArguments,
+    model: torch.nn.Module,
+    examples: list[dict[str, torch.Tensor]],
+    folder: str,
+    optimizer: Any,
+    rows: dict[str, Row] = ROWS,
+    **more: Any,
+) -> Trainer:
+    trainer_class, sam_options, is_logged = rows[name]
+    args = TrainingArguments(
+        output_dir=folder,
+        max_steps=1,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=1e-5,
+        gradient_accumulation_steps=options.accumulation_steps,
+        bf16=options.dtype == "bf16",
+        fp16=options.dtype == "fp16",
+        torch_compile=options.torch_compile,
+        torch_compile_backend=options.torch_compile_backend if options.torch_compile else None,
+        use_cpu=options.device == "cpu",
+        dataloader_pin_memory=False,
+        logging_steps=1 if is_logged else 10**9,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        **more,
+    )
+    is_sam = issubclass(trainer_class, SAMTrainer)
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        optimizers=(optimizer, None),
+        **({"sam_config": SAMConfig(**sam_options)} if is_sam else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def two_updates(trainer: Trainer) -> None:
+    """Two, so that what a trainer keeps from one update to the next counts as memory."""
+    trainer.args.max_steps = 2
+    trainer.train()
+
+
+def updates_in_a_turn(options: BenchmarkArguments) -> int:
+    return 1 if options.updates is None else WARM_UP + options.updates
+
+
+def take_turns(
+    trainers: dict[Name, Trainer], rounds: int, clock: type[Clock], updates: int
+) -> dict[Name, list[float]]:
+    """The seconds per update of each trainer in every round. The very first does not count."""
+    clocks = {name: clock() for name in trainers}
+    for name, trainer in trainers.items():
+        trainer.add_callback(clocks[name])
+        trainer.args.max_steps = updates
+    shuffle = random.Random(0).shuffle  # of its own: `train` seeds the global one
+    order = list(trainers)
+    gc.collect()
+    gc.freeze()  # or the collection at the end of each train() searches all that is imported
+    for _ in range(rounds + 1):
+        shuffle(order)
+        for name in order:
+            trainers[name].train()
+    gc.unfreeze()
+    return {name: clock.seconds[1:] for name, clock in clocks.items()}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__)
+    logging.set_verbosity_error()
+    try:
+        (options,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        if is_started():
+            result = benchmark_layout(options)
+            hand_over(result)
+            return result
+        if options.host:
+            result = benchmark_host(options)
+        elif options.layout == "one":
+            result = benchmark(options)
+        else:
+            build_model(options.model, options.sequence_length)  # or none of the processes can
+            given = sys.argv[1:] if argv is None else argv
+            result = start_processes(given, options.processes, options.device == "cpu")
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # the process has said why
+    print(table(result))
+    if options.output_json:
+        Path(options.output_json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()

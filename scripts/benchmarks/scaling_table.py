@@ -1,0 +1,170 @@
+"""Print what an update costs on paper: plain, and with SAM in scope batch or micro_batch.
+
+Examples:
+    python scripts/benchmarks/scaling_table.py
+    python scripts/benchmarks/scaling_table.py --tokens 4096 --micro_batches 4 --all
+
+Counted are the passes and the large messages and tensors. Not counted: the optimizer's own work,
+activations, buckets, casts of weights and the one or two layers that FSDP2 has gathered. SAM is on
+in every update and perturbs all weights. Nothing overlaps in the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FP32, BF16, ADAM = 4, 2, 8  # bytes for each weight; Adam has two numbers in fp32
+METHODS = ("plain", "batch", "micro_batch")
+LAYOUTS = ("DDP", "ZeRO-1", "ZeRO-2", "FSDP2")
+# The smallest layout that is needed for each size, and machines of eight GPUs.
+SIZES = {"1B": (1e9, "DDP"), "7B": (7e9, "FSDP2"), "70B": (70e9, "FSDP2")}
+GPUS = (8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the seconds rest on. Those of the README are the defaults."""
+
+    tokens: int = 8192  # of one micro-batch on one GPU
+    micro_batches: int = 1  # in an update
+    tflops: float = 400.0  # that a GPU reaches in bf16
+    inside: float = 450.0  # GB/s that a GPU sends within a machine
+    between: float = 50.0  # and from machine to machine
+
+
+def flops(method: str, weights: float, tokens: float) -> float:
+    """Of one GPU in one update: 2 for each weight and token forward, 4 backward."""
+    return 6 * weights * tokens * (1 if method == "plain" else 2)
+
+
+def bytes_sent(layout: str, method: str, weights: float, gpus: int, micro_batches: int) -> float:
+    """By one GPU in one update, over rings.
+
+    Gathering a whole from its shards and reducing a whole to shards send (N-1)/N of it each; an
+    all-reduce is both.
+    """
+    part = (gpus - 1) / gpus * weights
+    passes = micro_batches * (1 if method == "plain" else 2)
+    if layout == "FSDP2":
+        # Gathered in bf16, forward and again backward. The gradient is reduced in bf16: at the end
+        # of the ascent and of the descent, or, with an e for each micro-batch, in every pass.
+        reductions = {"plain": 1, "batch": 2, "micro_batch": passes}[method]
+        return part * BF16 * (2 * passes + reductions)
+    # All have the weights. The ascent is reduced once where e is that of all examples.
+    ascent = 2 * FP32 * part if method == "batch" else 0.0
+    reductions = micro_batches if layout == "ZeRO-2" else 1
+    # DeepSpeed reduces to all where a reduction to shards would do, and gathers the new weights.
+    gathering = 0.0 if layout == "DDP" else FP32 * part
+    return ascent + 2 * FP32 * part * reductions + gathering
+
+
+def bytes_held(layout: str, method: str, weights: float, gpus: float, micro_batches: int) -> float:
+    """On one GPU, at the moment with the most of it."""
+    shard = weights / gpus
+    # Scope micro_batch sets aside what the micro-batches before have added up.
+    aside = FP32 if method == "micro_batch" and micro_batches > 1 else 0
+    copy = 0 if method == "plain" else FP32
+    if layout == "FSDP2":
+        # A gradient that is not reduced before the last micro-batch is a whole one.
+        is_whole = micro_batches > 1 and method != "micro_batch"
+        held = shard * (FP32 + FP32 + ADAM + copy + aside)
+        return held + (weights * BF16 if is_whole else 0)
+    if layout == "DDP":
+        return weights * (FP32 + FP32 + ADAM + copy + aside)
+    state = shard * (FP32 + ADAM)  # with DeepSpeed's own copy of its share of the weights
+    if layout == "ZeRO-1":
+        return weights * (FP32 + FP32 + copy + aside) + state
+    # ZeRO-2 shards the gradient of the descent, but that of the ascent is a whole one.
+    if method == "plain":
+        return weights * FP32 + shard * FP32 + state
+    return weights * (FP32 + FP32 + copy) + shard * aside + state
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def formulas() -> str:
+    """Bytes of the methods in each layout, read off the functions above."""
+    return table(
+        ("layout", "scope", "sent, bytes · P (N−1)/N", "held, bytes · P", "held if A > 1"),
+        [
+            (
+                layout,
+                "none (plain)" if method == "plain" else f"`{method}`",
+                _in_words(lambda a, b=layout, m=method: bytes_sent(b, m, 2.0, 2, a), "A"),
+                *(
+                    _in_words(
+                        lambda n, b=layout, m=method, a=a: bytes_held(
+                            b, m, 1.0, 1 / n if n else math.inf, a
+                        )
+                    )
+                    for a in (1, 2)
+                ),
+            )
+            for layout in LAYOUTS
+            for method in METHODS
+        ],
+    )
+
+
+def _in_words(line: Callable[[int], float], slope: str = "/ N") -> str:
+    """`5 A + 3` for a function that is 5 x + 3."""
+    constant, rise = line(0), line(1) - line(0)
+    terms = [f"{rise:g} {slope}"] if rise else []
+    return " + ".join([*terms, f"{constant:g}"] if constant or not terms else terms)
+
+
+def numbers(given: Assumptions, every_layout: bool = False) -> str:
+    """Seconds and GB for each size of model and number of GPUs."""
+    rows = []
+    for name, (weights, needed) in SIZES.items():
+        for layout in LAYOUTS if every_layout else (needed,):
+            for gpus in GPUS:
+                speed = given.inside if gpus <= 8 else given.between
+                tokens = given.tokens * given.micro_batches
+                sent = [bytes_sent(layout, m, weights, gpus, given.micro_batches) for m in METHODS]
+                held = [bytes_held(layout, m, weights, gpus, given.micro_batches) for m in METHODS]
+                rows.append(
+                    (
+                        *(name, layout, str(gpus)),
+                        _cell([flops(m, weights, tokens) / given.tflops / 1e12 for m in METHODS]),
+                        _cell([x / speed / 1e9 for x in sent]),
+                        _cell([x / 1e9 for x in sent]),
+                        _cell([x / 1e9 for x in held]),
+                    )
+                )
+    head = ("P", "layout", "N", "computing, s", "sending, s", "sent, GB", "held, GB")
+    return table(head, rows)
+
+
+def _cell(values: list[float]) -> str:
+    return " / ".join(f"{value:.2g}" if value < 10 else f"{value:,.0f}" for value in values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the formulas and the numbers as Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    usual = Assumptions()
+    parser.add_argument("--tokens", type=int, default=usual.tokens, help="in a micro-batch")
+    parser.add_argument("--micro_batches", type=int, default=usual.micro_batches, help="an update")
+    parser.add_argument("--tflops", type=float, default=usual.tflops, help="of a GPU, in bf16")
+    parser.add_argument("--inside", type=float, default=usual.inside, help="GB/s in a machine")
+    parser.add_argument("--between", type=float, default=usual.between, help="GB/s between them")
+    parser.add_argument("--all", action="store_true", help="each size in each layout")
+    options = vars(parser.parse_args(argv))
+    every_layout = options.pop("all")
+    for name, value in options.items():
+        if not value > 0:
+            parser.error(f"--{name} must be above 0, got {value}")
+    print(formulas(), numbers(Assumptions(**options), every_layout), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
