@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         problem = f"--batch_size {arguments.batch_size}: {str(error).splitlines()[0]}"
     except KeyboardInterrupt:
-        is_resumable = arguments.command == "landscape"
-        hint = ": run the same command again to resume" if is_resumable else ""
+        hint = ": run the same command again to resume" if arguments.command == "landscape" else ""
         print(f"\ninterrupted{hint}", file=sys.stderr)
         return 130
     print(f"sam-hf: error: {problem}", file=sys.stderr)

@@ -43,6 +43,9 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with the subcommands `sharpness` and `landscape`."""
     shared = _Parser(add_help=False)
+    model = shared.add_argument("model", help="folder of a saved model, or Hub name")
+    # Without the trailing slash that shell completion adds to folders.
+    model.type = lambda text: text.rstrip("/") or text
     add = shared.add_argument_group("data").add_argument
     add("--split", help="split of DATA, if it has splits (default: train)")
     add("--examples", type=_positive, default=512, help="number of examples, drawn at random")
@@ -67,33 +70,23 @@ def build_parser() -> argparse.ArgumentParser:
         prog="sam-hf", description=description, epilog=_EXAMPLES, formatter_class=_Formatter
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    helps = {
-        "sharpness": "sharpness measures of a model, as JSON",
-        "landscape": "loss on a line or plane through the weights, as a plot and parquet",
-    }
-    sharpness, landscape = (
-        commands.add_parser(name, parents=[shared], help=text, formatter_class=_Formatter)
-        for name, text in helps.items()
-    )
-    for command in (sharpness, landscape):
-        model = command.add_argument("model", help="folder of a saved model, or Hub name")
-        # Without the trailing slash that shell completion adds to folders.
-        model.type = lambda text: text.rstrip("/") or text
+    add_command = partial(commands.add_parser, parents=[shared], formatter_class=_Formatter)
 
+    sharpness = add_command("sharpness", help="sharpness measures of a model, as JSON")
     sharpness.add_argument("data", nargs="?", default="digits", help=_DATA_HELP)
     add = sharpness.add_argument_group("measures").add_argument
     add("--rho", type=float, default=0.05, help="radius of SAM's ball")
     add("--adaptive_rho", type=float, default=0.5, help="radius of ASAM's ball")
     add("--eta", type=float, default=0.01, help="eta of ASAM's ball")
     add("--m", type=_positive, help="group size for m-sharpness (default: all examples)")
-    for option, default, content in (
-        ("--steps", 10, "ascent steps of the worst-case sharpness"),
-        ("--samples", 10, "sample pairs of the average-case sharpness"),
-        ("--eigenvalues", 1, "number of largest Hessian eigenvalues"),
-        ("--trace_samples", 10, "samples of the Hessian trace"),
-    ):
-        add(option, type=_non_negative, default=default, help=f"{content}; 0 disables it")
+    count = partial(add, type=_non_negative)
+    count("--steps", default=10, help="ascent steps of the worst-case sharpness; 0 disables it")
+    count("--samples", default=10, help="sample pairs of the average-case sharpness; 0 disables it")
+    count("--eigenvalues", default=1, help="number of largest Hessian eigenvalues; 0 disables it")
+    count("--trace_samples", default=10, help="samples of the Hessian trace; 0 disables it")
 
+    command_help = "loss on a line or plane through the weights, as a plot and parquet"
+    landscape = add_command("landscape", help=command_help)
     more_help = f"MODEL2: another model, plotted next to MODEL; {_DATA_HELP}"
     landscape.add_argument("more", nargs="*", metavar="[MODEL2] [DATA]", help=more_help)
     add = landscape.add_argument_group("grid").add_argument

@@ -27,14 +27,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Import the plugins and run the subcommand."""
     for plugin in arguments.plugin:
         import_plugin(plugin)
-    command = _sharpness if arguments.command == "sharpness" else _landscape
-    command(arguments)
+    {"sharpness": _sharpness, "landscape": _landscape}[arguments.command](arguments)
 
 
 def _sharpness(arguments: argparse.Namespace) -> None:
     plan = Plan(**_fields_of(Plan, arguments))
     objective = _objective(arguments, arguments.model)
-    folder = _output_folder(arguments, f"outputs/sharpness/{Path(arguments.model).name}")
+    folder = Path(arguments.output_dir or f"outputs/sharpness/{Path(arguments.model).name}")
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sharpness.json"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result = {
@@ -51,10 +51,8 @@ def _sharpness(arguments: argparse.Namespace) -> None:
         existing = result
     for key in ("model", "data"):  # the name of another model may end like this one's
         if existing.get(key) != result[key]:
-            raise ValueError(
-                f"{file} holds the measures of {key} {existing.get(key)!r}, not {result[key]!r}: "
-                "choose another --output_dir, or delete it"
-            )
+            found = f"holds the measures of {key} {existing.get(key)!r}, not {result[key]!r}"
+            raise ValueError(f"{file} {found}: choose another --output_dir, or delete it")
     measures: dict[str, float] = {}
     with tqdm(desc="measures", unit="") as bar:
         for part in iter_measures(objective, plan):
@@ -84,7 +82,8 @@ def _landscape(arguments: argparse.Namespace) -> None:
     dimensions = arguments.dimensions or (1 if is_between else 2)
     low, high = (-span / 2, 1 + span / 2) if is_between else (-span, span)
     axis = [low + (high - low) * i / (points - 1) for i in range(points)]
-    folder = _output_folder(arguments, "outputs/landscape")
+    folder = Path(arguments.output_dir or "outputs/landscape")
+    folder.mkdir(parents=True, exist_ok=True)
     plot = folder / f"landscape_{arguments.directions}_{dimensions}d"
     landscapes = []
     labels = _short_names(names)
@@ -135,11 +134,4 @@ def _objective(arguments: argparse.Namespace, name: str) -> Objective:
 
 def _fields_of(dataclass: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that are fields of a dataclass."""
-    given = vars(arguments)
-    return {f.name: given[f.name] for f in fields(dataclass) if f.name in given}
-
-
-def _output_folder(arguments: argparse.Namespace, default: str) -> Path:
-    folder = Path(arguments.output_dir or default)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return {f.name: getattr(arguments, f.name) for f in fields(dataclass) if f.name in arguments}

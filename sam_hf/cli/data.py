@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import datasets
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .models import load
@@ -67,10 +66,8 @@ def _digits() -> Any:
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))}
-    )
-    rows = {"image": [Image.fromarray(x) for x in pixels], "label": digits.target.tolist()}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=10))
+    rows = {"image": list(pixels), "label": digits.target.tolist()}
     return datasets.Dataset.from_dict(rows, features=features)
 
 
@@ -166,8 +163,7 @@ def _tokenize_function(rows: Any, columns: Sequence[str], model: Any, tokenizer:
 
 def _columns_of_type(rows: Any, *types: str) -> list[str]:
     """Names of the columns whose type begins with one of `types`."""
-    dtypes = {name: str(getattr(f, "dtype", "")) for name, f in rows.features.items()}
-    return [name for name, dtype in dtypes.items() if dtype.startswith(types)]
+    return [n for n, f in rows.features.items() if str(getattr(f, "dtype", "")).startswith(types)]
 
 
 def _column(rows: Any, name: str | None, option: str, found: Sequence[str], content: str) -> str:

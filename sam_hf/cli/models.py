@@ -1,6 +1,5 @@
 """Loading of models and plugins that the command line names."""
 
-import importlib
 import importlib.util
 import sys
 from pathlib import Path

@@ -7,6 +7,9 @@
 
 Every measure takes an `Objective`: a model together with a fixed set of examples. No Trainer is
 needed. With a Trainer, `SharpnessCallback` takes the measures during training.
+
+Everywhere, `objective` is the loss, `seed` that of all random vectors, and `ball` by default SAM's
+with ρ = 0.05. Vectors in weight space have one tensor for each of the objective's `names`.
 """
 
 from .callback import SharpnessCallback

@@ -56,10 +56,9 @@ class SharpnessCallback(TrainerCallback):
     Args:
         trainer: the trainer whose loss and data are used.
         every: number of updates between measurements; 0: only at the end of training.
-        plan: selection and settings of the measures.
         examples: number of examples on each process, in whole batches; at most the dataset.
         dataset: dataset to draw the examples from, instead of the trainer's `eval_dataset`.
-        params: the weights that the loss is a function of, as in `Objective`.
+        plan, params: as in `measure` and `Objective`.
 
     Attributes:
         history: (update, value) pairs of each logged measure, by its name.
@@ -170,14 +169,13 @@ class SharpnessCallback(TrainerCallback):
 
     def _objective(self, model: nn.Module) -> Objective:
         if self._batches is None:
-            with preserved_random_state(self._trainer.args.device):
-                self._batches = self._draw_batches()
+            self._batches = self._draw_batches()
         return Objective(model, self._batches, loss=self._loss, params=self._params)
 
     def _draw_batches(self) -> list[Any]:
         """Batches of the trainer's evaluation loader over random examples of the dataset."""
+        trainer, dataset, missing = self._trainer, self._dataset, self._examples
         batches: list[Any] = []
-        missing, dataset = self._examples, self._dataset
         # Shuffled, since its first rows may be of one class. Streams are read in their order.
         if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
             generator = torch.Generator().manual_seed(self._plan.seed)
@@ -186,15 +184,15 @@ class SharpnessCallback(TrainerCallback):
             dataset = dataset.select(order) if is_table else Subset(dataset, order)
         # With persistent workers, the Trainer caches its evaluation loader whatever the dataset:
         # neither must the cached one be used here, nor this one be cached.
-        with patched(self._trainer, _eval_dataloaders={}):
-            loader = self._trainer.get_eval_dataloader(dataset)
-        for batch in loader:
-            batches.append(batch)
-            missing -= find_batch_size(batch) or 0  # type: ignore[no-untyped-call]
-            if missing <= 0:
-                # Accelerate would otherwise keep this as the active loader of the training.
-                getattr(loader, "end", lambda: None)()
-                break
+        with patched(trainer, _eval_dataloaders={}), preserved_random_state(trainer.args.device):
+            loader = trainer.get_eval_dataloader(dataset)
+            for batch in loader:
+                batches.append(batch)
+                missing -= find_batch_size(batch) or 0  # type: ignore[no-untyped-call]
+                if missing <= 0:
+                    # Accelerate would otherwise keep this as the active loader of the training.
+                    getattr(loader, "end", lambda: None)()
+                    break
         return batches
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:

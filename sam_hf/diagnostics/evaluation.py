@@ -46,22 +46,17 @@ def deterministic_evaluation(model: nn.Module, device: torch.device) -> Iterator
     Dropout is off and running statistics are fixed (`eval()`); autocast and TF32 are disabled. On
     exit, the training flag of each module, all buffers and the global random state are restored.
     """
-    modes = [(module, module.training) for module in model.modules()]
     # Some modules write buffers in evaluation mode too.
-    buffers = [
-        (module._buffers, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     @torch.no_grad()
     def restore() -> None:
-        for module, was_training in modes:
+        for module, was_training, buffers in modules:
             module.training = was_training
-        for holder, name, buffer, value in buffers:
+            module._buffers.update(buffers)
+        for buffer, value in values:
             buffer.copy_(value)
-            holder[name] = buffer
 
     # Accelerate replaces `forward` on the instance by a wrapper that enables autocast.
     original = vars(model).get("_original_forward")

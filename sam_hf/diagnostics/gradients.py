@@ -16,8 +16,7 @@ class GradientNoise:
     """Variance of per-example gradients, in relation to the mean gradient.
 
     Args:
-        squared_norm: unbiased estimate of |G|², the squared norm of the expected gradient. Negative
-            values are possible where the noise dominates.
+        squared_norm: unbiased estimate of |G|², G the expected gradient. Noise can make it < 0.
         noise: tr Σ, the trace of the covariance of the gradient of one example.
         scale: tr Σ / |G|², the simple noise scale, in examples: noise dominates the gradients of
             much smaller batches. Infinite if the estimate of |G|² is not positive.
@@ -67,19 +66,14 @@ def perturbation_budget(objective: Objective, ball: Ball | None = None) -> dict[
 
     e is proportional to :math:`g` for SAM (Foret et al. 2021, eq. 2) and to :math:`T^2 g` for the
     adaptive ball of ASAM (Kwon et al. 2021, section 3), where g is the gradient over all examples.
-
-    Args:
-        objective: the loss.
-        ball: its shape; by default that of SAM. The radius has no influence on the shares.
+    The radius has no influence on the shares.
 
     Returns:
         Shares of the groups "norms", "biases", "embeddings" and "matrices" that have parameters.
         They sum to 1, or are all 0 if the gradient is zero.
     """
     ball = ball or Ball()
-    e = objective.gradient()
-    for _ in range(2):
-        e = ball.scale(e, objective.weights)
+    e = ball.scale(ball.scale(objective.gradient(), objective.weights), objective.weights)
     squared_norm = dot(e, e)
     groups = parameter_groups(objective.model)
     shares = {}

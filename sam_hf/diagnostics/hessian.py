@@ -41,19 +41,13 @@ def top_eigenpairs(
     Computations, 4th ed., section 10.1). A multiple eigenvalue is found once.
 
     Args:
-        objective: the loss.
-        count: number of eigenpairs.
+        count: maximum number of eigenpairs.
         iterations: maximum number of Hessian-vector products, at least `count`. Memory: one vector
-            of the size of the weights for each.
+            of the size of the weights for each. Large residuals call for more iterations.
         tolerance: stop when the residual of each pair is at most this share of its eigenvalue.
-        seed: seed of the start vector.
-
-    Returns:
-        The eigenpairs, at most `count` of them. Large residuals call for more iterations.
 
     Raises:
-        ValueError: `count` or `iterations` is not allowed, or a Hessian-vector product is not
-            finite.
+        ValueError: `count` or `iterations` is not allowed, or a product is not finite.
     """
     check_count("count", count, 1)
     check_count("iterations", iterations, count)
@@ -70,8 +64,7 @@ def top_eigenpairs(
                 torch._foreach_add_(w, q, alpha=-dot(w, q))
         remainder = norm(w)
         if not tridiagonal.isfinite().all():
-            problem = "a Hessian-vector product is not finite"
-            raise ValueError(f"{problem}: is the loss finite at these weights?")
+            raise ValueError("a Hessian-vector product is not finite: is the loss L(w) finite?")
         # In ascending order; of the matrix, the lower triangle is read.
         ritz_values, ritz_vectors = torch.linalg.eigh(tridiagonal[:size, :size])
         values, coefficients = ritz_values.flip(0)[:count], ritz_vectors.flip(1)[:, :count]
@@ -92,20 +85,13 @@ def top_eigenpairs(
 
 
 def hessian_trace(objective: Objective, *, samples: int = 20, seed: int = 0) -> Estimate:
-    r"""Trace of :math:`\nabla^2 L(w)` by Hutchinson's estimator with Rademacher vectors.
+    r"""Trace of :math:`\nabla^2 L(w)` by Hutchinson's estimator, with its standard error.
 
     .. math:: \operatorname{tr} H = E_z[z^\top H z], \qquad z_i = \pm 1
 
     Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing
-    Splines", Communications in Statistics 19 (1990).
-
-    Args:
-        objective: the loss.
-        samples: number of vectors z, at least 2. Cost: one Hessian-vector product for each.
-        seed: seed of z.
-
-    Returns:
-        The trace, with its standard error over the samples.
+    Splines", Communications in Statistics 19 (1990). The mean is over `samples` (at least 2)
+    Rademacher vectors z. Cost: one Hessian-vector product for each.
     """
     check_count("samples", samples, 2)
     generator = torch.Generator().manual_seed(seed)

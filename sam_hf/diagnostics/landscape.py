@@ -65,8 +65,9 @@ def scan(
 ) -> Landscape:
     r"""Compute the loss :math:`L(w + \sum_i a_i d_i)` for all coordinates a of a grid.
 
+    Losses that are NaN become infinity. Cost: one forward pass for each point.
+
     Args:
-        objective: the loss.
         plane: the directions :math:`d_i`, along one or two axes.
         coordinates: the values of :math:`a_i` along each axis, ascending.
         name: name of the model in the file and in plots.
@@ -74,15 +75,10 @@ def scan(
             a landscape of the same weights, data, directions and grid, the scan resumes from it.
         progress: show a progress bar on the main process.
 
-    Returns:
-        The landscape, with infinity for losses that are NaN. Cost: one forward pass for each point.
-
     Raises:
-        ValueError: `coordinates` is not an ascending grid with as many axes as the plane, or the
-            file holds something else.
+        ValueError: `coordinates` do not ascend or fit the plane, or the file holds something else.
     """
     axes = [[float(a) for a in axis] for axis in coordinates]
-    file = None if path is None else Path(path)
     if len(axes) != len(plane.directions) or len(axes) > 2:
         allowed = f"as many as the plane, {len(plane.directions)}, and at most 2"
         raise ValueError(f"coordinates has {len(axes)} axes. Allowed: {allowed}")
@@ -97,13 +93,13 @@ def scan(
     }
     losses = torch.full([len(axis) for axis in axes], math.nan, dtype=torch.float64)
     landscape = Landscape(name, plane.labels, axes, losses, facts)
-    if file is not None:
-        _resume(objective, plane, landscape, file)
+    if path is not None:
+        _resume(objective, plane, landscape, Path(path))
     points = [tuple(i) for i in losses.isnan().nonzero().tolist()]
     title, total, is_main = f"landscape of {name}", losses.numel(), is_main_process()
     known, hidden = total - len(points), not (progress and is_main)
     bar = tqdm(points, title, total=total, initial=known, unit="point", disable=hidden)
-    target = file if is_main else None
+    target = Path(path) if path is not None and is_main else None
     last_write = time.monotonic()
     try:
         for point in bar:
@@ -179,17 +175,16 @@ def _resume(objective: Objective, plane: Plane, landscape: Landscape, path: Path
     if is_main_process() and path.exists():
         try:
             found = read_landscape(path)
-        except ValueError as error:
-            problem = str(error)
-        else:
-            ours, theirs = landscape.facts, found.facts
-            losses, loss = found.losses, theirs.get("loss_at_weights", math.nan)
+            losses, ours, theirs = found.losses, landscape.facts, found.facts
+            loss = theirs.get("loss_at_weights", math.nan)
             if (
                 found.coordinates != landscape.coordinates
                 or any(ours.get(key) != theirs.get(key) for key in _IDENTITY)
                 or not math.isclose(ours["loss_at_weights"], loss, rel_tol=1e-3, abs_tol=1e-9)
             ):
                 problem = f"{path} holds a landscape of other weights, data, directions or points"
+        except ValueError as error:
+            problem = str(error)
     losses, problem = from_main_process((losses, problem), objective.weights[0].device)
     known = [tuple(i) for i in (~losses.isnan()).nonzero().tolist()]
     if known and not problem:
@@ -199,10 +194,8 @@ def _resume(objective: Objective, plane: Plane, landscape: Landscape, path: Path
         coordinates, stored = landscape.at(farthest), float(losses[farthest])
         computed = _loss_at(objective, plane, coordinates)
         if not math.isclose(stored, computed, rel_tol=1e-2, abs_tol=1e-6):
-            problem = (
-                f"{path} was computed along other directions: at {coordinates} the stored loss is "
-                f"{stored:.6g}, and the recomputed one {computed:.6g}"
-            )
+            change = f"the stored loss is {stored:.6g}, and the recomputed one {computed:.6g}"
+            problem = f"{path} was computed along other directions: at {coordinates} {change}"
     if problem:
         raise ValueError(f"{problem}: choose another folder, or delete it")
     landscape.losses.copy_(losses)

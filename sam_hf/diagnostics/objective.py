@@ -2,11 +2,10 @@
 
 import copy
 import hashlib
-import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from statistics import mode
 from typing import Any, Self, TypeAlias
 
@@ -55,8 +54,8 @@ class Objective:
             one process, also out of memory), or if its first product contradicts the differences.
 
     Attributes:
-        names: names of the selected parameters.
-        weights: the selected parameters, in the order of `names`.
+        names, weights: names of the selected parameters, and the parameters in this order.
+        parameter_count: number n of scalars in `weights`.
         example_count: number of examples of all processes.
         batch_sizes: number of examples in each batch of this process.
         common_batch_size: the most common batch size, that of rank 0 on all processes.
@@ -87,8 +86,8 @@ class Objective:
             raise ValueError(str(error).replace("sam_params=", "params=", 1)) from error
         trainable = {name: p for name, p in selected.items() if p.requires_grad}
         self.names, self.weights = list(trainable), list(trainable.values())
-        half = sorted({str(w.dtype) for w in self.weights if w.dtype in HALF})
-        if half:
+        self.parameter_count = sum(w.numel() for w in self.weights)
+        if half := sorted({str(w.dtype) for w in self.weights if w.dtype in HALF}):
             raise ValueError(
                 f"{type(self.model).__name__} has weights in {', '.join(half)}, which round too "
                 "coarsely. Allowed: float32 and float64. Load the model with dtype=torch.float32"
@@ -106,7 +105,7 @@ class Objective:
             raise ValueError("batches is empty: at least one batch is needed")
         self.batches = batches
         self.batch_sizes = [size or 0 for size in map(find_batch_size, batches)]
-        if not all(self.batch_sizes):
+        if 0 in self.batch_sizes:
             number = self.batch_sizes.index(0)
             raise ValueError(f"batch number {number} has no examples in its first tensor")
         self.example_count = int(processes.total(sum(self.batch_sizes), self._device))
@@ -115,33 +114,22 @@ class Objective:
         count = self.batch_sizes.count(self.common_batch_size)
         self.common_batch_count = int(processes.total(count, self._device))
 
-    @property
-    def parameter_count(self) -> int:
-        """Number of scalar weights n that the loss is a function of."""
-        return sum(w.numel() for w in self.weights)
-
     def value(self) -> float:
         """Loss L(w). Cost: one forward pass over the examples."""
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        with self._evaluation(), torch.no_grad():
+        with deterministic_evaluation(self.model, self._device), torch.no_grad():
             for share, batch in self._weighted_batches():
                 loss += share * self._loss(self.model, batch).double()
         return processes.total(float(loss.item()), self._device)
 
     def gradient(self) -> list[Tensor]:
         """Gradient ∇L(w), with one tensor for each of `names`. Cost: one forward-backward pass."""
-        gradient = [torch.zeros_like(w) for w in self.weights]
-        with self._evaluation():
-            for share, batch in self._weighted_batches():
-                loss = self._loss(self.model, batch)
-                torch._foreach_add_(gradient, self._derivative(loss), alpha=share)
-        processes.sum_over_processes_(gradient)
-        return gradient
+        return self._mean(self._derivative)
 
     def batch_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield the size of each batch of this process, and the gradient of its mean loss."""
         for size, (_, batch) in zip(self.batch_sizes, self._weighted_batches(), strict=True):
-            with self._evaluation():
+            with deterministic_evaluation(self.model, self._device):
                 grads = self._derivative(self._loss(self.model, batch))
             yield size, grads
 
@@ -156,9 +144,8 @@ class Objective:
             is_chosen = self.products == "exact"
             try:
                 product = self._exact_product(vector)
-            except (RuntimeError, NotImplementedError) as error:
-                is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                if is_chosen or (self.is_distributed and is_out_of_memory):
+            except RuntimeError as error:
+                if is_chosen or (self.is_distributed and isinstance(error, torch.OutOfMemoryError)):
                     raise  # the other processes continue with exact products
                 reason = str(error).splitlines()[0]
             else:
@@ -169,11 +156,8 @@ class Objective:
                 # without an error.
                 reason = "they contradict the differences, so part of the backward graph is missing"
             self.products = "differences"
-            warnings.warn(
-                "Hessian-vector products are computed by central differences of gradients, since "
-                f"exact products failed: {reason}",
-                stacklevel=2,
-            )
+            method = "Hessian-vector products are computed by central differences of gradients"
+            warnings.warn(f"{method}, since exact products failed: {reason}", stacklevel=2)
         product, sensitivity = self._difference_product(vector)
         if sensitivity > _MAX_STEP_SENSITIVITY and not self._has_warned:
             self._has_warned = True
@@ -185,18 +169,16 @@ class Objective:
         return product
 
     def _exact_product(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        product = [torch.zeros_like(w) for w in self.weights]
+        def product(loss: Tensor) -> list[Tensor]:
+            grads = torch.autograd.grad(
+                loss, self.weights, create_graph=True, materialize_grads=True
+            )
+            inner = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)])
+            return self._derivative(inner.sum())
+
         # Of the attention kernels, only the math one can be differentiated twice.
-        with self._evaluation(), sdpa_kernel(SDPBackend.MATH):
-            for share, batch in self._weighted_batches():
-                loss = share * self._loss(self.model, batch)
-                grads = torch.autograd.grad(
-                    loss, self.weights, create_graph=True, materialize_grads=True
-                )
-                inner = torch.stack([(g * v).sum() for g, v in zip(grads, vector, strict=True)])
-                torch._foreach_add_(product, self._derivative(inner.sum()))
-        processes.sum_over_processes_(product)
-        return product
+        with sdpa_kernel(SDPBackend.MATH):
+            return self._mean(product)
 
     def _difference_product(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """Product by central differences, and its relative change when their step is halved."""
@@ -224,8 +206,7 @@ class Objective:
         """Distance ε |v| = u^(2/5) (1 + r): machine epsilon u, root-mean-square weight r."""
         # It does not grow with the number of weights: along the sharpest directions, neither does
         # the distance over which the loss is close to quadratic.
-        scale = 1 + norm(self.weights) / math.sqrt(self.parameter_count)
-        return float(self._epsilon**0.4 * scale)
+        return float(self._epsilon**0.4 * (1 + norm(self.weights) / self.parameter_count**0.5))
 
     def _is_contradicted(self, exact: Sequence[Tensor], vector: Sequence[Tensor]) -> bool:
         """Whether reliable central differences are far from an exact product."""
@@ -264,13 +245,20 @@ class Objective:
         own = content_hash([self.model.state_dict(), self.batches])
         return f"{int(processes.total(int(own[:12], 16), self._device)):x}"
 
-    def _evaluation(self) -> AbstractContextManager[None]:
-        return deterministic_evaluation(self.model, self._device)
-
     def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
         """Yield each batch on the model's device, with its share of all examples."""
         for size, batch in zip(self.batch_sizes, self.batches, strict=True):
             yield size / self.example_count, processes.to_device(batch, self._device)
+
+    def _mean(self, function: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """Mean over the examples of what a function computes from the loss of each batch."""
+        mean = [torch.zeros_like(w) for w in self.weights]
+        with deterministic_evaluation(self.model, self._device):
+            for share, batch in self._weighted_batches():
+                values = function(self._loss(self.model, batch))
+                torch._foreach_add_(mean, values, alpha=share)
+        processes.sum_over_processes_(mean)
+        return mean
 
     def _derivative(self, output: Tensor) -> list[Tensor]:
         """Gradient of a scalar with respect to the weights, as dense tensors."""

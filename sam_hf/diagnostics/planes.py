@@ -43,11 +43,6 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
     https://arxiv.org/abs/1712.09913, section 4). Tensors with fewer than two dimensions (biases,
     norms) are not moved. Coordinate 1 is a perturbation as long as the weights.
 
-    Args:
-        objective: the loss.
-        dimensions: 1 or 2.
-        seed: seed of the directions before the normalisation.
-
     Raises:
         ValueError: `dimensions` is not 1 or 2, or no weight of the objective has two dimensions.
     """
@@ -61,9 +56,8 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
     # Weights whose filters lie along dimension 1; elsewhere they lie along dimension 0.
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, Conv1D)
     swapped = {id(m.weight) for m in objective.model.modules() if isinstance(m, transposed)}
-    directions = []
-    for _ in range(dimensions):
-        direction = objective.random_vector(generator)
+    directions = [objective.random_vector(generator) for _ in range(dimensions)]
+    for direction in directions:
         for d, w in zip(direction, objective.weights, strict=True):
             if d.ndim < 2:
                 d.zero_()
@@ -71,7 +65,6 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
             others = [i for i in range(d.ndim) if i != int(id(w) in swapped)]
             target, actual = (vector_norm(x, dim=others, keepdim=True) for x in (w.detach(), d))
             d.mul_(target / actual.clamp_min(1e-30))
-        directions.append(direction)
     labels = ["random direction, filter-normalised", "another random direction"][:dimensions]
     return Plane(directions, labels, facts={"directions": "random", "seed": seed})
 
@@ -87,13 +80,7 @@ def eigenvector_plane(
     """Unit eigenvectors of the largest eigenvalues of the Hessian: the sharpest directions.
 
     Coordinate 1 is a Euclidean distance of 1 in weight space. The sign of each eigenvector is such
-    that its largest component is positive.
-
-    Args:
-        objective: the loss.
-        dimensions: 1 or 2.
-        iterations: maximum number of Lanczos iterations, see `top_eigenpairs`.
-        seed: seed of the Lanczos start vector.
+    that its largest component is positive. For `iterations` and `seed`, see `top_eigenpairs`.
 
     Raises:
         ValueError: `dimensions` is not 1 or 2, or the Hessian has fewer distinct eigenvalues.
@@ -101,17 +88,14 @@ def eigenvector_plane(
     _check_dimensions(dimensions)
     pairs = top_eigenpairs(objective, dimensions, iterations=iterations, seed=seed)
     if len(pairs.values) < dimensions:
-        raise ValueError(
-            f"dimensions={dimensions} is not allowed: the Hessian has {len(pairs.values)} distinct "
-            "eigenvalues. Allowed: at most as many dimensions"
-        )
+        found = f"the Hessian has {len(pairs.values)} distinct eigenvalues"
+        problem = f"dimensions={dimensions} is not allowed: {found}"
+        raise ValueError(f"{problem}. Allowed: at most as many dimensions")
     for value, residual in zip(pairs.values, pairs.residuals, strict=True):
         if residual > 0.1 * abs(value):
-            warnings.warn(
-                f"the eigenvalue {value:.3g} has converged only to ±{residual:.2g}, and its "
-                f"eigenvector less: iterations={iterations} are too few",
-                stacklevel=2,
-            )
+            found = f"the eigenvalue {value:.3g} has converged only to ±{residual:.2g}"
+            reason = f"iterations={iterations} are too few"
+            warnings.warn(f"{found}, and its eigenvector less: {reason}", stacklevel=2)
     for vector in pairs.vectors:
         extremes = torch.stack([v.flatten()[v.abs().argmax()] for v in vector])
         torch._foreach_mul_(vector, float(extremes[extremes.abs().argmax()].sign()))
@@ -122,16 +106,12 @@ def eigenvector_plane(
 
 
 def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
-    """The line from the objective's model (coordinate 0) to another model (coordinate 1).
+    """The line from the objective's model (coordinate 0) to `other` (coordinate 1).
 
     Linear interpolation (Goodfellow, Vinyals, Saxe, ICLR 2015, https://arxiv.org/abs/1412.6544).
     Floating-point buffers, such as running statistics, are interpolated between 0 and 1 and kept
     constant outside, where variances could become negative. Interpolated BatchNorm statistics are
     not those of the interpolated weights: the loss between the models is overestimated.
-
-    Args:
-        objective: the loss, with the first model.
-        other: the second model, of the same architecture.
 
     Raises:
         ValueError: the models differ in the shapes of their weights, or in weights that are frozen
@@ -151,16 +131,13 @@ def connecting_plane(objective: Objective, other: nn.Module) -> Plane:
         end = theirs[name] if id(parameter) in moved else parameter
         first, end = ends.setdefault(id(parameter), (name, end))
         if not torch.equal(end, theirs[name]):
-            problem = (
-                f"{name} differs, but it is frozen or not selected by params={objective.params!r}. "
-                "Allowed: 'all', with equal frozen weights"
-            )
+            reason = f"differs, but it is frozen or not selected by params={objective.params!r}"
+            remedy = "'all', with equal frozen weights"
             if name != first:
-                problem = (
-                    f"{name} is tied to {first} in the first model, but not in the second. "
-                    "Allowed: swap the two models"
-                )
-            raise ValueError(f"the line would not end at the second model: {problem}")
+                reason = f"is tied to {first} in the first model, but not in the second"
+                remedy = "swap the two models"
+            problem = f"the line would not end at the second model: {name} {reason}"
+            raise ValueError(f"{problem}. Allowed: {remedy}")
     with torch.no_grad():
         direction = [ends[id(w)][1].to(w.dtype) - w for w in objective.weights]
         buffers = {

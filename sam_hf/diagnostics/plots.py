@@ -29,11 +29,8 @@ def plot_landscapes(
 
     Args:
         landscapes: one or more, all one-dimensional or all two-dimensional.
-        path: path without a suffix; a PNG and an SVG are written.
+        path: path without a suffix; a PNG and an SVG are written, whose paths are returned.
         title: title of the figure; by default the number of examples.
-
-    Returns:
-        The files written.
 
     Raises:
         ValueError: `landscapes` is empty or mixes one and two dimensions, or no loss is finite.
@@ -52,8 +49,7 @@ def plot_landscapes(
     figure = draw(landscapes, float(finite.min()), float(finite.max()))
     examples = {landscape.facts.get("examples") for landscape in landscapes}
     on_examples = f" on {examples.pop()} examples around the weights" if len(examples) == 1 else ""
-    figure.suptitle(title or f"Loss{on_examples}", fontsize=10)
-    return _save(figure, path)
+    return _save(figure, path, title or f"Loss{on_examples}")
 
 
 def _draw_lines(landscapes: Sequence[Landscape], low: float, high: float) -> Figure:
@@ -103,8 +99,7 @@ def _draw_planes(landscapes: Sequence[Landscape], low: float, high: float) -> Fi
         axes.locator_params(nbins=5)
         if math.isclose(xs[-1] - xs[0], ys[-1] - ys[0]):
             axes.set_aspect("equal")
-    label = "loss (one scale)"
-    figure.colorbar(filled, ax=list(all_axes), label=label, shrink=0.85, format="%.3g")
+    figure.colorbar(filled, ax=all_axes, label="loss (one scale)", shrink=0.85, format="%.3g")
     return figure
 
 
@@ -113,13 +108,8 @@ def plot_history(
 ) -> list[Path]:
     """Plot sharpness measures against the number of updates, in one frame for each measure.
 
-    Args:
-        history: (update, value) pairs of each measure, by its name.
-        path: path without a suffix; a PNG and an SVG are written.
-        title: title of the figure.
-
-    Returns:
-        The files written.
+    `history` has the (update, value) pairs of each measure, by its name. `path` and the result are
+    those of `plot_landscapes`.
 
     Raises:
         ValueError: `history` is empty.
@@ -137,9 +127,7 @@ def plot_history(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useOffset=False)
         axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return _save(figure, path)
+    return _save(figure, path, title)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -149,9 +137,11 @@ def _figure(width: float, height: float) -> Figure:
     return Canvas(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def _save(figure: Figure, path: Path, title: str | None) -> list[Path]:
     from matplotlib import rc_context
 
+    if title:
+        figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     files = []
     for suffix, metadata in (("png", {}), ("svg", {"Date": None})):  # reproducible files

@@ -17,18 +17,13 @@ class Plan:
 
     Args:
         rho: radius of SAM's ball.
-        adaptive: measure in ASAM's ball too.
-        adaptive_rho: radius of ASAM's ball.
-        eta: η of ASAM's ball.
-        m: group size of `worst_sharpness` (m-sharpness); None: all examples.
-        steps: ascent steps of `worst_sharpness`; 0 disables it.
-        samples: pairs of samples of `average_sharpness`, at least 2; 0 disables it.
-        eigenvalues: number of largest Hessian eigenvalues; 0 disables them.
-        iterations: maximum number of Lanczos iterations for the eigenvalues.
+        adaptive, adaptive_rho, eta: whether to measure in ASAM's ball too, and its ρ and η.
+        m, steps: those of `worst_sharpness`, which steps=0 disables.
+        samples: that of `average_sharpness`, at least 2; 0 disables it.
+        eigenvalues, iterations: as `count` and `iterations` of `top_eigenpairs`; 0 disables it.
         trace_samples: samples of `hessian_trace`, at least 2; 0 disables it.
         noise: measure `gradient_noise`, if two or more batches have the most common size.
         budget: measure `perturbation_budget`.
-        seed: seed of all random vectors.
 
     Raises:
         ValueError: a value is not allowed.
@@ -68,11 +63,7 @@ class Plan:
 
 
 def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:
-    """Compute the sharpness measures that a plan selects.
-
-    Args:
-        objective: the loss.
-        plan: selection and settings; by default all measures.
+    """Compute the sharpness measures that a plan selects, by default all.
 
     Returns:
         Values by name. Measures in ASAM's ball have the prefix "adaptive_", standard errors the

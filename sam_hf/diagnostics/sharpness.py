@@ -60,14 +60,9 @@ def average_sharpness(
     Each z is used with both signs, so that the first-order term cancels. With millions of weights
     and ρ < 1, the rise can be below the float32 rounding error of the loss (relative 1e-7).
 
-    Args:
-        objective: the loss.
-        ball: its shape and radius; by default SAM's with ρ = 0.05.
-        samples: number of pairs (z, -z), at least 2. Cost: 2 `samples` + 1 forward passes.
-        seed: seed of z.
-
     Returns:
-        The mean rise, in units of the loss, with its standard error over the pairs.
+        The mean rise, in units of the loss, with its standard error over `samples` pairs (z, -z),
+        at least 2. Cost: 2 `samples` + 1 forward passes.
     """
     check_count("samples", samples, 2)
     ball = ball or Ball()
@@ -103,14 +98,11 @@ def worst_sharpness(
     rise is a lower bound, never negative. At a zero gradient, the first direction is random.
 
     Args:
-        objective: the loss.
-        ball: its shape and radius; by default SAM's with ρ = 0.05.
         m: m-sharpness (Foret et al. 2021, section 4.1): the mean of the maxima for groups of m
             examples. Groups consist of whole (shuffled) batches: m must be a multiple of the batch
             size; a remainder is left out. None: one maximum over all examples of all processes.
         steps: number of ascent steps, at least 1. Cost, over all groups: `steps` forward-backward
             and `steps` + 1 forward passes over the examples.
-        seed: seed of the random direction.
 
     Returns:
         The rise, in units of the loss, with its standard error over the groups. Infinite if a loss
@@ -124,13 +116,12 @@ def worst_sharpness(
 
 
 def _ascend(objective: Objective, ball: Ball, steps: int, generator: torch.Generator) -> float:
-    loss = objective.value()
+    loss = highest = objective.value()
     gradient = objective.gradient()
     if norm(gradient) == 0:
         gradient = objective.random_vector(generator)
     # In the coordinates u = T⁻¹ e the ball is spherical, and the gradient is T ∇L.
     u = [torch.zeros_like(g) for g in gradient]
-    highest = loss
     for step in range(steps):
         gradient = ball.scale(gradient, objective.weights)
         length = norm(gradient)

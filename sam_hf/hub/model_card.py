@@ -37,14 +37,13 @@ def update_card(path: Path, config: SAMConfig, trainer: Trainer) -> None:
     ValueError, yaml.YAMLError: the card is not valid UTF-8, or its front matter not valid YAML.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else f"# {repository_name(trainer)}\n"
-    has_section = _SECTION_PATTERN.search(text) is not None
+    before, *after = _SECTION_PATTERN.split(text)
     tags = [config.sam_method, _TAG] if config.sam_rho > 0 else []
     if tags:
         section = f"{_BEGIN}\n{_section(path.parent, config, trainer)}\n{_END}\n"
-        text = text if has_section else f"{text.rstrip()}\n\n{_BEGIN}{_END}"
-        text = _SECTION_PATTERN.sub(lambda _: section, text)
-    elif has_section:
-        text = _SECTION_PATTERN.sub("", text).rstrip() + "\n"
+        text = (before if after else f"{before.rstrip()}\n\n") + section + "".join(after)
+    elif after:
+        text = (before + "".join(after)).rstrip() + "\n"
     else:
         return
     with replacing(path) as card:
@@ -66,11 +65,10 @@ def _section(folder: Path, config: SAMConfig, trainer: Trainer) -> str:
     method = METHODS[config.sam_method]
     summary = (inspect.getdoc(method) or "").splitlines()[0].replace("ε", "e")
     # Options that have an effect, with all options of the method, also those left at defaults.
-    built, settings = config.build_method(), config.to_sam_dict()
-    settings["sam_method_args"] = {k: getattr(built, k) for k in method_options(method)}
-    unused = [*config.options_without_effect()]
-    unused += [] if settings["sam_method_args"] else ["sam_method_args"]
-    rows = [(f"`{k}`", f"`{v}`") for k, v in settings.items() if k not in unused]
+    built, unused = config.build_method(), config.options_without_effect()
+    method_args = {name: getattr(built, name) for name in method_options(method)}
+    settings = config.to_sam_dict() | {"sam_method_args": method_args}
+    rows = [(f"`{k}`", f"`{v}`") for k, v in settings.items() if k not in unused and v != {}]
     accelerator, args = trainer.accelerator, trainer.args
     layout = [
         ("distributed type", accelerator.distributed_type.value),

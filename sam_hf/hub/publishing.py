@@ -20,7 +20,10 @@ from .model_card import repository_name, update_card
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    _Base = Trainer
+
+    class _Base(Trainer):
+        @property
+        def sam_config(self) -> SAMConfig: ...
 else:
     _Base = object
 
@@ -31,11 +34,6 @@ class PublishingMixin(_Base):
     The model card gets a section and tags, and integrations (`report_to`) see the options among the
     hyperparameters. With `sam_rho=0`, the file replaces that of an earlier run in the folder.
     """
-
-    if TYPE_CHECKING:
-
-        @property
-        def sam_config(self) -> SAMConfig: ...
 
     _sam_saved_in: Path | None = None
     """Folder in which the model was saved last; None if that save failed."""
@@ -109,10 +107,8 @@ class PublishingMixin(_Base):
                 if self.hub_model_id is None:  # the Trainer creates the repository before it saves
                     self.save_model(_internal_call=True)
                 if self._sam_saved_in == folder:
-                    error.add_note(
-                        f"Nothing is lost: the model is saved in {str(folder)!r}. Call "
-                        f"push_to_hub() again, or run: {command}"
-                    )
+                    saved = f"Nothing is lost: the model is saved in {str(folder)!r}"
+                    error.add_note(f"{saved}. Call push_to_hub() again, or run: {command}")
             raise
         if isinstance(pushed, Future):
             pushed.add_done_callback(functools.partial(_warn_on_failure, command))
