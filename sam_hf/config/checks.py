@@ -23,9 +23,7 @@ _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 def refuse(name: str, value: Any, allowed: str) -> NoReturn:
     """Raise `ValueError`, with a suggestion where the value resembles one that is allowed."""
-    hint = ""
-    if isinstance(value, str):
-        hint = did_you_mean(value, re.findall(r"'([^']+)'", allowed))
+    hint = did_you_mean(value, re.findall(r"'([^']+)'", allowed)) if isinstance(value, str) else ""
     raise ValueError(f"{name}={value!r} is not allowed. Allowed: {allowed}.{hint}")
 
 
@@ -60,8 +58,7 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_params(name: str, value: Any) -> None:
     """Check the selection. A misspelt set is rejected, not taken for a regular expression."""
-    sets = ", ".join(repr(s) for s in PARAMETER_SETS)
-    allowed = f"{sets} or a regular expression on parameter names"
+    allowed = f"{', '.join(map(repr, PARAMETER_SETS))} or a regular expression on parameter names"
     if not isinstance(value, str) or not value:
         refuse(name, value, allowed)
     try:
@@ -97,10 +94,9 @@ def parse_method_args(value: Any) -> dict[str, Any]:
     text = value.strip()
     if not text or text.startswith("{"):
         try:
-            parsed = json.loads(text or "{}")
+            return dict(json.loads(text or "{}"))
         except ValueError as error:
             refuse(name, value, f"{allowed} (invalid JSON: {error})")
-        return dict(parsed)
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(key.strip() and sign for key, sign, _ in pairs):
         refuse(name, value, allowed)
@@ -119,19 +115,18 @@ def check_method_args(method_name: str, given: Mapping[str, Any]) -> None:
     options = method_options(METHODS[method_name])
     for key, value in given.items():
         if key not in options:
-            names = ", ".join(repr(name) for name in options)
+            names = ", ".join(map(repr, options))
             has = f"takes {names}" if names else "has no options of its own"
             raise ValueError(
                 f"sam_method_args={dict(given)!r}: {key!r} is not an option of "
                 f"sam_method={method_name!r}, which {has}.{did_you_mean(key, options)}"
             )
         option, label = options[key], f"sam_method_args[{key!r}]"
-        default: Any = option.default
-        choices, kind = option.metadata["choices"], type(default)
+        kind: type = type(option.default)
         if kind is bool:
             check_flag(label, value)
         elif kind is str:
-            check_choice(label, value, choices)
+            check_choice(label, value, option.metadata["choices"])
         else:
             check_number(label, value, whole=kind is int, **option.metadata["limits"])
 

@@ -53,8 +53,7 @@ def read_options(
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds {values!r}. Allowed: a JSON object.")
     version = values.pop("sam_hf_version", "unknown")
-    unknown = sorted(values.keys() - set(known))
-    if unknown:
+    if unknown := sorted(values.keys() - set(known)):
         raise ValueError(
             f"{file}: {', '.join(map(repr, unknown))} is not an option of sam_hf {__version__}. "
             f"The file was written by version {version}: install that version, or remove the key."
@@ -68,10 +67,8 @@ def changed_since(folder: Path, options: Mapping[str, Any]) -> list[str]:
     Empty for a folder without a `sam_config.json`, such as a plain Trainer's checkpoint.
     """
     try:
-        before = json.loads((folder / SAM_CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
-    if not isinstance(before, dict):
+        before = dict(json.loads((folder / SAM_CONFIG_NAME).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
         return []
     now = json.loads(json.dumps(options))
     return [
@@ -83,9 +80,7 @@ def changed_since(folder: Path, options: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file atomically: yields a temporary path, which replaces `path` if the block succeeds
-    and leaves `path` as it was if the block fails (a full disk, an interrupt).
-    """
+    """Write a file atomically: yields a path whose file replaces `path` if the block succeeds."""
     temporary = path.with_name(f"_{path.name}")  # the Trainer does not push names with "_"
     try:
         yield temporary

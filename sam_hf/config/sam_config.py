@@ -1,5 +1,4 @@
-"""`SAMConfig`, for any arguments class, and `SAMTrainingArguments`, `TrainingArguments` with SAM's
-options."""
+"""The options of SAM: `SAMConfig`, for any arguments class, and `SAMTrainingArguments`."""
 
 import inspect
 import os
@@ -43,15 +42,12 @@ class SAMConfig:
     """The options of SAM, checked when the object is made.
 
     Raises:
-        ValueError: a field has a value that is not allowed. The message names the field, the value
-            and what is allowed.
+        ValueError: a value that is not allowed. The message names field, value and what is allowed.
         TypeError: an unknown field. The message names the closest one.
     """
 
     sam_rho: float = _option(
-        0.05,
-        "Norm of the perturbation, in the norm of the method. 0 turns SAM off: training is then "
-        "bit-identical to the plain Trainer's.",
+        0.05, "Norm of the perturbation, in the method's norm. 0: bit-identical to plain training."
     )
     sam_method: str = _option("sam", f"How the perturbation is made: {', '.join(METHODS)}.")
     sam_method_args: dict[str, Any] | str | None = field(
@@ -75,14 +71,10 @@ class SAMConfig:
         "that are not embeddings), or a regular expression that is searched in parameter names.",
     )
     sam_replay_rng: bool = _option(
-        True,
-        "Use the same dropout masks and noise in both passes; if off, the second pass draws new "
-        "ones.",
+        True, "Use the same dropout masks and noise in both passes; off: the second draws new ones."
     )
     sam_freeze_norm_stats: bool = _option(
-        True,
-        "Update running statistics (BatchNorm) and other state of modules once per batch. If off, "
-        "the second pass updates them too.",
+        True, "Update BatchNorm's statistics and other module state once per batch; off: twice."
     )
     sam_interval: int = _option(1, "Perturb every k-th update (0, k, ...); the others are plain.")
     sam_start_ratio: float = _option(0.0, "Fraction of updates that are plain before SAM starts.")
@@ -132,8 +124,7 @@ class SAMConfig:
     def validate_sam(self) -> None:
         """Check the fields. Called again when training begins: a search may have changed them."""
         for name, limits in _NUMBERS.items():
-            whole = name == "sam_interval"
-            checks.check_number(name, getattr(self, name), whole=whole, **limits)
+            checks.check_number(name, getattr(self, name), whole=name == "sam_interval", **limits)
         checks.check_number("sam_rho_min", self.sam_rho_min, low=0.0, high=self.sam_rho)
         for name, choices in _CHOICES.items():
             checks.check_choice(name, getattr(self, name), choices)
@@ -153,8 +144,7 @@ class SAMConfig:
     def build_method(self) -> Method:
         """The method that `sam_method` names, with its options."""
         method = METHODS[self.sam_method]
-        own = checks.method_options(method)
-        shared = [f.name for f in fields(method) if f.name not in own]
+        shared = {f.name for f in fields(method)} - checks.method_options(method).keys()
         values = {name: getattr(self, f"sam_{name}") for name in shared}
         return method(**values, **checks.parse_method_args(self.sam_method_args))
 
@@ -181,8 +171,7 @@ class SAMConfig:
 
         Args:
             name_or_path: a folder, or the name of a model on the Hub.
-            revision, token, cache_dir, local_files_only: for the Hub, as in
-                `PreTrainedModel.from_pretrained`.
+            revision, token, cache_dir, local_files_only: as in `PreTrainedModel.from_pretrained`.
             **overrides: `sam_*` fields that replace those of the file.
 
         Returns:
@@ -191,8 +180,7 @@ class SAMConfig:
 
         Raises:
             FileNotFoundError: the file does not exist, or the Hub cannot be reached.
-            ValueError: the file is not a JSON object, has an unknown key, or a field has a value
-                that is not allowed.
+            ValueError: the file is not a JSON object, or has an unknown key or a value not allowed.
         """
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir}
         known = [f.name for f in fields(SAMConfig)]

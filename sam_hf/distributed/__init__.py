@@ -19,7 +19,9 @@ __all__ = ["DDPLayout", "layout_for", "reshard", "validate_layout"]
 def layout_for(trainer: Any, weights: Sequence[nn.Parameter]) -> DDPLayout:
     """The layout of a Trainer that has prepared its model, with these perturbed parameters."""
     args, model, wrapped = trainer.args, trainer.model, trainer.model_wrapped
-    is_compiled = bool(args.torch_compile) or any(map(_is_compiled, wrapped.modules()))
+    is_compiled = bool(args.torch_compile) or any(
+        hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in wrapped.modules()
+    )
     options = (weights, model, wrapped, trainer.accelerator, args.n_gpu, is_compiled)
     if trainer.is_deepspeed_enabled:
         return DeepSpeedLayout(*options)
@@ -28,7 +30,3 @@ def layout_for(trainer: Any, weights: Sequence[nn.Parameter]) -> DDPLayout:
         n_replicas = getattr(sharding, "dp_replicate_size", None) or 1
         return FSDP2Layout(*options, has_replicas=n_replicas > 1)
     return DDPLayout(*options)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 from ..engine.layout import Layout
 from ..engine.state import patched
+from ..methods.lists import by_device
 from .graph import reaches_its_parameters
 
 _BUCKET_BYTES = 25 * 2**20  # DDP's own
@@ -49,8 +50,6 @@ class DDPLayout(Layout):
         self.grads_live_in_buffers |= handler is not None and handler.gradient_as_bucket_view
         self._reaches_parameters: bool | None = None
 
-    # ---- Position in the run -----------------------------------------------------------------
-
     @property
     def is_end_of_update(self) -> bool:
         return bool(self._accelerator.sync_gradients)
@@ -59,8 +58,6 @@ class DDPLayout(Layout):
     def is_end_of_epoch(self) -> bool:
         loader = self._accelerator.gradient_state
         return bool(loader.end_of_dataloader or not loader.in_dataloader)
-
-    # ---- The passes --------------------------------------------------------------------------
 
     @property
     def reduces_kept_gradients(self) -> bool:  # type: ignore[override]
@@ -121,22 +118,13 @@ class DDPLayout(Layout):
     def replaying(self, is_last: bool, scope_is_micro_batch: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self._without_reduction()
 
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
-        with self._accelerator.no_sync(self._model):
-            yield
+    def _without_reduction(self) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = self._accelerator.no_sync(self._model)
+        return context
 
-    @contextmanager
-    def _as_end_of_update(self, value: bool) -> Iterator[None]:
+    def _as_end_of_update(self, value: bool) -> AbstractContextManager[None]:
         """Let the Trainer and Accelerate see the last micro-batch of an update, or another one."""
-        before = self._accelerator.sync_gradients
-        self._accelerator.sync_gradients = value
-        try:
-            yield
-        finally:
-            self._accelerator.sync_gradients = before
-
-    # ---- Numbers -----------------------------------------------------------------------------
+        return patched(self._accelerator.gradient_state, sync_gradients=value)
 
     def loss_scale(self) -> Tensor | None:
         scaler: Any = self._accelerator.scaler
@@ -150,16 +138,14 @@ class DDPLayout(Layout):
         return self._accelerator.process_index, self.processes
 
     def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
-        total = super().sum_over_processes(numbers)
-        if self.processes > 1:
-            total = self._accelerator.reduce(total, reduction="sum")
+        own = super().sum_over_processes(numbers)
+        total: Tensor = self._accelerator.reduce(own, reduction="sum")
         return total
 
 
 @contextmanager
 def _unused_parameters_explained() -> Iterator[None]:
-    """DDP notes which parameters had a gradient, also that of another loss. Its reduction fails if
-    that gradient was set aside."""
+    """Explain that DDP's reduction fails where the gradient of another loss was set aside."""
     try:
         yield
     except RuntimeError as error:
@@ -175,16 +161,12 @@ def _unused_parameters_explained() -> Iterator[None]:
 
 def all_reduce_(tensors: Sequence[Tensor]) -> None:
     """Sum tensors over the processes in place, in buckets as large as DDP's."""
-    buckets: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
-    for tensor in tensors:
-        some = buckets.setdefault((tensor.dtype, tensor.device), [[]])
-        if some[-1] and sum(t.nbytes for t in some[-1]) + tensor.nbytes > _BUCKET_BYTES:
-            some.append([])
-        some[-1].append(tensor)
     works = []
-    for bucket in (bucket for some in buckets.values() for bucket in some):
-        flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
-        works.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+    for members in by_device(tensors):
+        some = [tensors[i] for i in members]
+        for bucket in _take_tensors(some, _BUCKET_BYTES):  # type: ignore[no-untyped-call]
+            flat = _flatten_dense_tensors(bucket)  # type: ignore[no-untyped-call]
+            works.append((dist.all_reduce(flat, async_op=True), flat, bucket))
     for work, flat, bucket in works:
         assert work is not None
         work.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +17,8 @@ class DeepSpeedLayout(DDPLayout):
     """Hides the ascent pass from DeepSpeed, and restores w before DeepSpeed steps.
 
     DeepSpeed takes the gradients in hooks of the backward pass, and Accelerate lets it step inside
-    `accelerator.backward`. The ascent pass therefore bypasses its engine, and its gradients are
-    computed by `torch.autograd.grad`, which calls no hooks. In scope `batch` they are reduced here,
-    once per update.
+    `accelerator.backward`. The ascent pass therefore bypasses its engine and uses
+    `torch.autograd.grad`, which calls no hooks. In scope `batch` it reduces once per update.
     """
 
     can_take_some_gradients = False  # no others are computed anyway
@@ -48,7 +47,7 @@ class DeepSpeedLayout(DDPLayout):
         engine = self._engine
 
         def backward(loss: Tensor, **kwargs: Any) -> None:
-            loss = loss * self._loss_scale  # gradients in fp16 must not underflow
+            loss = loss * self.loss_scale()  # gradients in fp16 must not underflow
             grads = torch.autograd.grad(loss, self._weights, allow_unused=True)
             for w, g in zip(self._weights, grads, strict=True):
                 if g is not None:
@@ -65,11 +64,9 @@ class DeepSpeedLayout(DDPLayout):
         if self.is_end_of_update and not scope_is_micro_batch:
             self.reduce_ascent(self._weights)
 
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
+    def _without_reduction(self) -> AbstractContextManager[None]:
         # Accelerate lets DeepSpeed reduce and step where an update ends.
-        with self._as_end_of_update(False):
-            yield
+        return self._as_end_of_update(False)
 
     def descent(self, passes: Callable[[], Tensor], restore: Callable[[], None]) -> Tensor:
         steps: list[tuple[Any, Any]] = []
@@ -83,9 +80,5 @@ class DeepSpeedLayout(DDPLayout):
     def descent_gradients(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         return [None] * len(weights)  # DeepSpeed holds them, in partitions
 
-    def loss_scale(self) -> Tensor | None:
-        return torch.tensor(self._loss_scale)
-
-    @property
-    def _loss_scale(self) -> float:
-        return float(getattr(self._engine.optimizer, "loss_scale", 1.0))
+    def loss_scale(self) -> Tensor:
+        return torch.tensor(float(getattr(self._engine.optimizer, "loss_scale", 1.0)))

@@ -23,9 +23,6 @@ class FSDP2Layout(DDPLayout):
     A gradient is a shard only after it was reduced, so that both passes reduce in both scopes. In
     scope `micro_batch`, e is that of one micro-batch of all processes together.
 
-    The shards are written in place: the parameters of a forward pass are gathered from their
-    memory, and another tensor in the place of a parameter would not be seen.
-
     `has_replicas`: the model was sharded when it was loaded, and has replicas (HSDP).
     """
 
@@ -43,36 +40,31 @@ class FSDP2Layout(DDPLayout):
     def must_replay(self, scope_is_micro_batch: bool) -> bool:
         return False  # FSDP2 requires that all processes use the same parameters
 
-    @contextmanager
-    def ascent(self, scope_is_micro_batch: bool, some: Sequence[Tensor] = ()) -> Iterator[None]:
-        with self._with_reduction() if scope_is_micro_batch else nullcontext():
-            yield
+    def ascent(
+        self, scope_is_micro_batch: bool, some: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        return self._reducing(True) if scope_is_micro_batch else nullcontext()
 
     def replaying(self, is_last: bool, scope_is_micro_batch: bool) -> AbstractContextManager[None]:
-        if not is_last:
-            return self._without_reduction()
-        return self._with_reduction() if scope_is_micro_batch else nullcontext()
+        if is_last and not scope_is_micro_batch:
+            return nullcontext()
+        return self._reducing(is_last)
 
     @contextmanager
-    def _with_reduction(self) -> Iterator[None]:
-        # The Trainer has deferred the reduction before the last micro-batch of an update, and
-        # enables it again afterwards.
-        self._reduce_gradients(True)
-        # Where an update ends, the Trainer reduces what FSDP2 does not manage (adapters).
-        with self._as_end_of_update(True):
-            yield
+    def _reducing(self, value: bool) -> Iterator[None]:
+        """Reduce the gradients of the block, or defer it.
 
-    @contextmanager
-    def _without_reduction(self) -> Iterator[None]:
-        self._reduce_gradients(False)
+        The Trainer defers it before the last micro-batch of an update, and enables it afterwards.
+        """
+        self._reduce_gradients(value)
         try:
-            with self._as_end_of_update(False):
+            # Where an update ends, the Trainer reduces what FSDP2 does not manage (adapters).
+            with self._as_end_of_update(value):
                 yield
         finally:
             self._reduce_gradients(True)
 
     def _reduce_gradients(self, value: bool) -> None:
-        """Let the following backward passes reduce their gradients, or defer it."""
         model: Any = self._model
         if not hasattr(model, "set_requires_gradient_sync"):
             return  # tensor parallelism alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,19 +19,12 @@ def reaches_its_parameters(loss: Tensor) -> bool:
     of its own (reentrant checkpoints, reversible layers), and a hook may pass on the gradient of a
     tensor that was detached from what it was computed from (cached contrastive losses).
     """
-    seen: set[Any] = {None}
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        if (node := nodes.pop()) in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(loss):
         is_custom = isinstance(node, BackwardCFunction)
         if is_custom and not type(node).__name__.startswith(_TRANSPARENT):
             return False
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and not isinstance(leaf, nn.Parameter):
+        if not isinstance(getattr(node, "variable", None), nn.Parameter | None):
             return False
-        nodes += [following for following, _ in node.next_functions]
     return True
 
 
@@ -40,11 +34,17 @@ def mixes_losses(loss: Tensor, recorded: set[Any]) -> bool:
     Args:
         recorded: the `grad_fn` of the recorded losses.
     """
-    seen: set[Any] = set()
-    nodes: list[Any] = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
+    nodes = set(_nodes(loss, recorded))
+    return not nodes.isdisjoint(recorded) and any(hasattr(node, "variable") for node in nodes)
+
+
+def _nodes(loss: Tensor, ends: Collection[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph of a loss, without those that only `ends` lead to."""
+    seen: set[Any] = {None}
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) not in seen:
             seen.add(node)
-            nodes += [] if node in recorded else [following for following, _ in node.next_functions]
-    return not seen.isdisjoint(recorded) and any(hasattr(node, "variable") for node in seen)
+            yield node
+            if node not in ends:
+                waiting += [following for following, _ in node.next_functions]

@@ -150,8 +150,7 @@ def _validate_deepspeed(trainer: Any, method: Method) -> None:
 
 
 def can_cut_micro_batches(trainer: Any) -> bool:
-    """Whether `compute_loss` accepts a part of a micro-batch: it is the Trainer's own, or the class
-    defines `sam_select_examples`."""
+    """Whether `compute_loss` takes a cut micro-batch: Trainer's, or by `sam_select_examples`."""
     kind = type(trainer)
     return kind.compute_loss is Trainer.compute_loss or overrides(kind, "sam_select_examples")
 

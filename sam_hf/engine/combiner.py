@@ -117,10 +117,9 @@ def momentum_of(optimizer: Any, parameters: Named) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, p in parameters.items():
         kept = optimizer.state.get(p) or {}
-        values = [kept.get("momentum_buffer"), kept.get("exp_avg")]
-        usable = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-        if usable:
-            found[name] = usable[0]
+        momentum = kept.get("momentum_buffer", kept.get("exp_avg"))
+        if isinstance(momentum, Tensor) and momentum.is_floating_point():
+            found[name] = momentum
         # Before its first step an optimizer with momentum keeps nothing.
         elif kept or not any(g.get("momentum") or g.get("betas") for g in optimizer.param_groups):
             raise ValueError(

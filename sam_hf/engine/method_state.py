@@ -43,7 +43,7 @@ class MethodStateCheckpoint:
 
         State shared by all processes is written only where `is_writer` is set.
         """
-        if not self._is_used or not (is_writer or not self._is_shared):
+        if not self._is_used or (self._is_shared and not is_writer):
             return
         state = self._before[1] if self._before[0] == update else self.state
         flat = {
@@ -66,8 +66,7 @@ class MethodStateCheckpoint:
         path = self._path(folder)
         restarts = f"the state of sam_method={self._method!r} starts empty."
         if not path.is_file():
-            others = sorted(file.name for file in folder.glob(f"{_NAME}*.safetensors"))
-            if others:
+            if others := sorted(file.name for file in folder.glob(f"{_NAME}*.safetensors")):
                 raise ValueError(
                     f"{folder} holds SAM's state as {', '.join(others)}, and this process needs "
                     f"{path.name}. Resume with the same number of processes, the same layout and "

@@ -47,17 +47,14 @@ def select_parameters(model: nn.Module, sam_params: str) -> dict[str, nn.Paramet
 
     ValueError if no trainable parameter is selected.
     """
-    groups = parameter_groups(model)
+    selected = named = {canonical_name(name): p for name, p in model.named_parameters()}
     if sam_params in ("norms", "matrices"):
-        chosen = {name for name, group in groups.items() if group == sam_params}
-    elif sam_params == "all":
-        chosen = set(groups)
-    else:
-        chosen = {name for name in groups if re.search(sam_params, name)}
-    named = [(canonical_name(name), p) for name, p in model.named_parameters()]
-    selected = {name: p for name, p in named if name in chosen}
+        groups = parameter_groups(model)
+        selected = {name: p for name, p in named.items() if groups.get(name) == sam_params}
+    elif sam_params != "all":
+        selected = {name: p for name, p in named.items() if re.search(sam_params, name)}
     if not any(p.requires_grad for p in selected.values()):
-        trainable = [name for name, p in named if p.requires_grad]
+        trainable = [name for name, p in named.items() if p.requires_grad]
         raise ValueError(
             f"sam_params={sam_params!r} selects no trainable parameter of {type(model).__name__}. "
             f"Allowed: 'all', 'norms', 'matrices' or a regular expression on parameter names, such "
@@ -109,23 +106,20 @@ class TrainedParameters:
         The flags are read one by one, since PyTorch reports no change: 0.1 us per parameter.
         """
         groups = self._optimizer.param_groups if self._optimizer is not None else []
-        stepped = [list(map(id, group["params"])) for group in groups]
-        key = ([p.requires_grad for p in self._in_model], stepped)
-        if key == self._key:
+        in_optimizer = [p for group in groups for p in group["params"]]
+        stepped = list(map(id, in_optimizer))
+        if self._key == ([p.requires_grad for p in self._in_model], stepped):
             return False
         self._in_model = list(self._model.parameters())
         self._key = ([p.requires_grad for p in self._in_model], stepped)
-        in_optimizer = [p for group in groups for p in group["params"]]
         self.everything = list(dict.fromkeys([*self._in_model, *in_optimizer]))
-        ids = {id(p) for p in in_optimizer}
+        ids = set(stepped)
         if not any(id(p) in ids for p in self._in_model):
             ids = {id(p) for p in self._in_model}  # DeepSpeed's optimizers step flat copies
         self.trained.clear()  # shared with others, who must see the change
         named = [(canonical_name(name), p) for name, p in self._model.named_parameters()]
         self.trained.update((n, p) for n, p in named if p.requires_grad and id(p) in ids)
-        self.perturbable = {
-            name: p for name, p in self.selected.items() if p.requires_grad and id(p) in ids
-        }
+        self.perturbable = {n: p for n, p in self.trained.items() if n in self.selected}
         return True
 
     @property

@@ -107,8 +107,7 @@ class GradientNormTrigger:
     start at 0, so that the first update is perturbed. g is the gradient of the parameters that
     `sam_params` selects; in the paper, of all parameters.
 
-    The result decides whether there is a descent pass, so that it must be read: one host
-    synchronization in each update in which the rule is evaluated.
+    The result, which decides on the descent pass, is read: one host synchronization per update.
     """
 
     DECAY = 0.9

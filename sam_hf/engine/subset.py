@@ -61,10 +61,10 @@ class AscentSubset:
     each micro-batch. Otherwise, and where micro-batches are too small (a quarter of one example is
     that example) and may have no ascent pass (`can_skip`), the first micro-batches of an update.
 
-    The subset is drawn at random, so that the loss of the ascent pass is an unbiased estimate of
-    the loss at w whatever the order of the examples. The draw depends on the seed, the update and
-    the number of the micro-batch: it does not disturb the global generators, a resumed run repeats
-    it, and all processes draw the same rows (processes of tensor parallelism share them).
+    The subset is random, so that its loss is an unbiased estimate of the loss at w whatever the
+    order of the examples. The draw depends on the seed, the update and the number of the
+    micro-batch: it does not disturb the global generators, a resumed run repeats it, and all
+    processes draw the same rows (processes of tensor parallelism share them).
 
     `steps` is the number of micro-batches in an update.
     """
@@ -83,8 +83,7 @@ class AscentSubset:
 
     def skips(self, number: int, count: int) -> bool:
         """Whether micro-batch `number` (from 1) of `count` in an update has no ascent pass."""
-        defers = self._fraction < 1 and not self._cuts
-        return defers and number > _part(self._fraction, count)
+        return self._fraction < 1 and not self._cuts and number > _part(self._fraction, count)
 
     def cut(self, update: int, number: int, select: Callable[[Any, Tensor], Any]) -> Cut | None:
         """The function that cuts the arguments of `compute_loss`; None if nothing is cut.
@@ -109,9 +108,8 @@ class AscentSubset:
             else:
                 args = (args[0], inputs, *args[2:])
             # A sum over items is divided by their number in the update: scale to what is expected.
-            if kwargs.get("num_items_in_batch") is not None:
-                expected = kwargs["num_items_in_batch"] * (taken / n)
-                kwargs = kwargs | {"num_items_in_batch": expected}
+            if (items := kwargs.get("num_items_in_batch")) is not None:
+                kwargs = kwargs | {"num_items_in_batch": items * (taken / n)}
             return args, kwargs, taken / n
 
         return cut

@@ -27,10 +27,9 @@ class ASAM(Method):
     * ``sam_adaptive_scope="weights"``: the authors' code. T = 1 on every parameter whose name does
       not contain "weight"; ρ is about 0.5.
 
-    On transformers the two spend \|ε\|² on different parameters, because T differs between groups:
-    at initialisation over 99 % goes to LayerNorm weights (about 1, against 0.02 for a matrix)
-    with "all", and 97 % to BERT's biases (T = 1) with "weights". The logs show the shares of a run;
-    ``sam_params`` selects the parameters.
+    On transformers T differs between parameters: at initialisation over 99 % of \|ε\|² goes to
+    LayerNorm weights (about 1, against 0.02 for a matrix) with "all", and 97 % to BERT's biases
+    (T = 1) with "weights". The logs show the shares; ``sam_params`` selects the parameters.
 
     Cost: two passes per update; one copy of the perturbed weights.
     """

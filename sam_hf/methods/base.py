@@ -53,8 +53,7 @@ class Method:
     citation: ClassVar[str]
     """BibTeX entry of the paper, shown in model cards."""
     perturbs: ClassVar[bool] = True
-    """Weights are moved to w + e for a pass. Otherwise an update has one pass, at w, and the method
-    acts at the optimizer step alone."""
+    """There is a pass at w + e. Otherwise the only pass is at w; the method acts at the step."""
     combines: ClassVar[bool] = False
     """`combine` needs g next to g_s: g is kept in the descent pass (one copy of the gradient)."""
     reuses: ClassVar[bool] = False
@@ -140,8 +139,7 @@ class Method:
             names: the trained parameters that have both gradients, perturbed or not.
             grads: g. May be overwritten.
             descent_grads: g_s; overwritten by the result.
-            dot: the inner product.
-            state: the method's state, to be updated.
+            dot, state: as in `direction`.
 
         Returns:
             Tensors that `after_step` needs, in units of the gradient, one for each name; or None.
@@ -170,6 +168,5 @@ class Method:
         Args:
             names, weights: of the trained parameters.
             pending: what `combine` returned, by name, without the loss scale of fp16.
-            learning_rates: one for each of them.
-            rho: of this update.
+            learning_rates, rho: as in `before_step`.
         """

@@ -14,8 +14,7 @@ class ESAM(SAM):
     .. math:: \epsilon = \frac{\rho}{\beta} \, m \odot g / \|m \odot g\|_2
 
     where m keeps each parameter tensor with probability β. The norm is that of the kept gradients,
-    as in the authors' code (for ε to equal SAM's in expectation: the norm of all). In one
-    process and under DDP the ascent pass does not compute the gradients of the other parameters.
+    as in the authors' code (for ε to equal SAM's in expectation: the norm of all).
 
     The draw depends on the seed and the number of the update alone, so that all processes agree.
     This is the first half of ESAM, stochastic weight perturbation. The second half,
@@ -25,8 +24,8 @@ class ESAM(SAM):
     Paper: Du, Yan, Feng, Zhou, Zhen, Goh, Tan, "Efficient Sharpness-Aware Minimization for
     Improved Training of Neural Networks", ICLR 2022, https://arxiv.org/abs/2110.03141, section 3.1.
 
-    Cost: two passes per update, the first without the gradients of some parameters; a copy of the
-    perturbed weights.
+    Cost: two passes per update, the first without the gradients of the other parameters (in one
+    process and under DDP); a copy of the perturbed weights.
 
     Settings: ``beta`` 0.6, ``sam_rho`` as for SAM.
     """

@@ -26,8 +26,7 @@ class FriendlySAM(Method):
     Cost: two passes per update; a copy of the perturbed weights, and m. Updates that are not
     perturbed (``sam_interval``, ``sam_start_ratio``) do not change m.
 
-    Settings: ``sigma`` 1, ``ema_decay`` (λ) 0.9 (the authors' scripts: 0.6), ``sam_rho`` as for
-    SAM, 0.1 to 0.2.
+    Settings: ``sigma`` 1, ``ema_decay`` (λ) 0.9 (authors' scripts: 0.6), ``sam_rho`` 0.1 to 0.2.
 
     In scope `micro_batch` m is updated by every micro-batch, on each process by its own. A zero or
     non-finite gradient does not change m. ``sam_grad_cosine`` is not logged, because g is not kept.

@@ -27,9 +27,8 @@ class GSAM(SAM):
     Cost: two passes per update; a copy of the perturbed weights and a copy of g.
 
     Settings: the paper lets ρ follow the learning rate (``sam_rho_schedule="learning_rate"``); for
-    a ViT-B/32 from ``sam_rho`` 0.6 down to ``sam_rho_min`` 0.1 with ``alpha`` 0.6.
-
-    Scope `batch` only: g of the whole update is needed. Not under DeepSpeed, which hides g_s.
+    a ViT-B/32 from ``sam_rho`` 0.6 down to ``sam_rho_min`` 0.1 with ``alpha`` 0.6. Scope `batch`
+    only, which has g of the whole update. Not under DeepSpeed, which hides g_s.
     """
 
     citation = """@inproceedings{zhuang2022surrogate, booktitle = {ICLR},

@@ -25,12 +25,10 @@ class LookSAM(SAM):
     Paper: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware
     Minimization", CVPR 2022, https://arxiv.org/abs/2203.02714, algorithm 1.
 
-    Cost: 1 + 1/k passes per update; in every k-th update a copy of the perturbed weights and a copy
-    of g; g_v always.
+    Cost: 1 + 1/k passes per update; g_v, in every k-th also a copy of the perturbed weights and g.
 
-    Settings: ``k`` 5, ``alpha`` 0.7.
-
-    Scope `batch` only: g of the whole update is needed. Not under DeepSpeed, which hides g_s.
+    Settings: ``k`` 5, ``alpha`` 0.7. Scope `batch` only, which has g of the whole update. Not under
+    DeepSpeed, which hides g_s.
     """
 
     citation = """@inproceedings{liu2022towards, booktitle = {CVPR},
@@ -64,8 +62,7 @@ class LookSAM(SAM):
         g_v = zero_unless(grads, known & (dot(grads, grads) > rounding))
         # Where an fp16 overflow left no g_v, the previous one stays.
         slot = state.get(_SLOT, {})
-        old = [i for i, name in enumerate(names) if name in slot]
-        if old:
+        if old := [i for i, name in enumerate(names) if name in slot]:
             kept = [slot[names[i]] for i in old]
             scale_(kept, torch.where(known, 0, torch.ones_like(squared)))
             torch._foreach_add_(kept, [g_v[i] for i in old])

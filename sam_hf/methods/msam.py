@@ -21,9 +21,8 @@ class MSAM(Method):
 
     Cost: one pass per update; a copy of the perturbed weights.
 
-    Settings: ``sam_rho`` about 3 for a ViT trained from scratch, 0.3 to 3 for CNNs, without
-    perturbation during the warm-up of the learning rate (``sam_start_ratio`` or
-    ``sam_rho_warmup_ratio``).
+    Settings: ``sam_rho`` about 3 for a ViT trained from scratch, 0.3 to 3 for CNNs, and 0 in the
+    warm-up of the learning rate (``sam_start_ratio`` or ``sam_rho_warmup_ratio``).
 
     The logged loss is that at w + ε, the only one computed; ``sam_sharpness`` is not logged. Scope
     `batch` only. Not available under DeepSpeed, which shards the momentum, nor with optimizers that

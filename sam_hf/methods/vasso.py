@@ -26,9 +26,8 @@ class VaSSO(Method):
 
     Settings: ``theta`` 0.9 (the paper also tries 0.2 and 0.4), ``sam_rho`` as for SAM.
 
-    In scope `micro_batch` d is updated by every micro-batch, on each process by its own. A zero or
-    non-finite gradient does not change d and perturbs nothing. ``sam_grad_cosine`` is not logged,
-    because g is not kept.
+    In scope `micro_batch` every micro-batch updates d, on each process its own. A zero or
+    non-finite gradient leaves d as it is and perturbs nothing. ``sam_grad_cosine`` is not logged.
     """
 
     citation = """@inproceedings{li2023enhancing, booktitle = {NeurIPS},
@@ -51,7 +50,7 @@ class VaSSO(Method):
         squared = dot(grads, grads)
         usable, one = is_usable(squared), torch.ones_like(squared)  # in float64 for float64 weights
         started = mark_started(state, _STARTED, usable)
-        scale_(d, torch.where(usable, torch.where(started, 1 - self.theta, 0 * one), one))
+        scale_(d, torch.where(usable, 1 - self.theta, one))  # d is 0 until it has started
         scale_([grads[i] for i in old], torch.where(started, self.theta, one))
         add_where_(d, grads, usable)
         return d, torch.where(usable, dot(d, d), 0)

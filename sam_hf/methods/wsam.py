@@ -31,10 +31,9 @@ class WSAM(SAM):
     replaces that copy until the optimizer has stepped.
 
     Settings: ``gamma`` 0.9 (the sharpness weighs nine times the loss; smaller values are safer with
-    a large ρ), ``sam_rho`` 0.05, ``decoupled`` true as in the paper. Under a learning rate schedule
-    the decoupled term shrinks with the learning rate.
-
-    Scope `batch` only: g of the whole update is needed. Not under DeepSpeed, which hides g_s.
+    a large ρ), ``sam_rho`` 0.05, ``decoupled`` true as in the paper. The decoupled term shrinks
+    with the learning rate. Scope `batch` only, which has g of the whole update. Not under
+    DeepSpeed, which hides g_s.
     """
 
     citation = """@inproceedings{yue2023sharpness, booktitle = {KDD},
@@ -78,8 +77,7 @@ class WSAM(SAM):
     def after_step(
         self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
     ) -> None:
-        stepped = [i for i, name in enumerate(names) if name in pending]
-        if stepped:
+        if stepped := [i for i, name in enumerate(names) if name in pending]:
             factors = [-learning_rates[i] * self._weight for i in stepped]
             steps = torch._foreach_mul([pending[names[i]] for i in stepped], factors)
             torch._foreach_add_([weights[i] for i in stepped], steps)

@@ -27,8 +27,7 @@ def require_lora(model: Any, method: str) -> None:
         )
 
 
-# Options that make the new adapter match the layers of the trained one. Biases, heads, tokens and
-# DoRA are not copied.
+# What matches the layers of the trained adapter. Biases, heads, tokens and DoRA are not copied.
 _COPIED = """
 task_type target_modules target_parameters exclude_modules layers_to_transform layers_pattern
 fan_in_fan_out lora_dropout
@@ -94,9 +93,8 @@ class AuxiliaryAdapter:
 
         with always_restore(undo):
             # `set_adapter` would also change `requires_grad`, which DDP does not allow.
-            for layer, adapters in before:
-                trained = [adapters] if isinstance(adapters, str) else list(adapters)
-                layer._active_adapter = [*trained, AUXILIARY]
+            for layer in self._layers:
+                layer._active_adapter = [*layer.active_adapters, AUXILIARY]
             yield
 
     def is_in(self, model: Any) -> bool:

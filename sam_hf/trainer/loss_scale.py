@@ -1,4 +1,4 @@
-"""Whether a training step rescales its loss, which the replay would not."""
+"""Whether a training step rescales its loss, which the replay by `Trainer`'s own would not."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class LossScaleCheck:
-    """Compares, once per run, the training step of the trainer's class with Trainer's own.
-
-    Recorded losses are replayed through `Trainer.training_step`: what another training step does to
-    the loss before its backward pass would be missing in the second pass.
-    """
+    """Compares, once per run, the training step of the trainer's class with Trainer's own."""
 
     def __init__(self) -> None:
         self.is_done = False

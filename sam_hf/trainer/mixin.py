@@ -24,13 +24,8 @@ from ..methods.lora.factors import is_auxiliary
 from .adapters import AuxiliaryAdapter, require_lora
 from .training_state import TrainingState
 
-if TYPE_CHECKING:
-    _Base = Trainer
-else:
-    _Base = object
 
-
-class SAMTrainerMixin(PublishingMixin, _Base):
+class SAMTrainerMixin(PublishingMixin):
     """Mixin that adds SAM to the next Trainer class in the MRO.
 
     ``class MySAMTrainer(SAMTrainerMixin, MyTrainer): ...``
@@ -87,14 +82,13 @@ class SAMTrainerMixin(PublishingMixin, _Base):
         self._sam_resumed_from: Path | None = None
         self._sam_auxiliary: AuxiliaryAdapter | None = None
         self._sam_validate()
-        if self._sam_lacks_auxiliary:
-            if self.optimizer is not None:
-                raise ValueError(
-                    f"sam_method={self.sam_config.sam_method!r} adds parameters that the optimizer "
-                    "must train too, and one was passed in `optimizers`. Let the trainer create it "
-                    "(`optim`)."
-                )
-            self._sam_add_auxiliary()
+        if self._sam_lacks_auxiliary and self.optimizer is not None:
+            raise ValueError(
+                f"sam_method={self.sam_config.sam_method!r} adds parameters that the optimizer "
+                "must train too, and one was passed in `optimizers`. Let the trainer create it "
+                "(`optim`)."
+            )
+        self._sam_add_auxiliary()
         if self.sam_config.sam_rho > 0:
             self._sam_follow_events()
 
@@ -128,8 +122,7 @@ class SAMTrainerMixin(PublishingMixin, _Base):
     ) -> Tensor:
         """The Trainer's training step, and the second pass where the scope of e is complete.
 
-        Returns the loss at w, detached (with MSAM, which has no pass at w, that at w + e). The
-        weights are w whenever it returns or raises.
+        Returns the loss at w, detached (MSAM: at w + e). The weights are w if it returns or raises.
         """
         step: Callable[..., Tensor] = super().training_step
         if self.sam_config.sam_rho == 0:
@@ -339,17 +332,13 @@ class SAMSeq2SeqTrainer(SAMTrainerMixin, Seq2SeqTrainer):
         __init__ = SAMTrainer.__init__
 
 
-_SUBCLASSES: dict[type[Trainer], type[Trainer]] = {
-    Trainer: SAMTrainer,
-    Seq2SeqTrainer: SAMSeq2SeqTrainer,
-}
+_SUBCLASSES: dict[type, type[Trainer]] = {Trainer: SAMTrainer, Seq2SeqTrainer: SAMSeq2SeqTrainer}
 
 
 def with_sam(trainer_class: type[Trainer]) -> type[Trainer]:
     """The subclass of a Trainer class that trains with SAM.
 
-    ``with_sam(SFTTrainer)`` is ``class SAMSFTTrainer(SAMTrainerMixin, SFTTrainer)``. Every call
-    returns the same class.
+    ``with_sam(SFTTrainer)`` is ``class SAMSFTTrainer(SAMTrainerMixin, SFTTrainer)``, made once.
 
     Raises:
         TypeError: `trainer_class` is not a subclass of Trainer.

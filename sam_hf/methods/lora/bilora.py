@@ -27,8 +27,7 @@ class BiLoRA(Method):
     algorithm 1. Not specified there, chosen here: no weight decay on (B₂, A₂), their scale is 1,
     and ``max_grad_norm`` clips both pairs together.
 
-    Cost: one pass per update, slightly longer for the auxiliary pair; its weights, gradients and
-    optimizer state.
+    Cost: one pass per update, slightly longer; weights, gradients, optimizer state of (B₂, A₂).
 
     Settings: ``sam_rho`` 0.05 to 0.1, ``rank`` 8.
 
@@ -50,8 +49,7 @@ class BiLoRA(Method):
     def before_step(
         self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: float
     ) -> None:
-        ascent = [g for name, g in zip(names, grads, strict=True) if is_auxiliary(name)]
-        if ascent:
+        if ascent := [g for name, g in zip(names, grads, strict=True) if is_auxiliary(name)]:
             torch._foreach_neg_(ascent)
 
     def after_step(
