@@ -16,13 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # One line for each warning, without the source line that raised it.
             warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
+            from .models import require
+
+            require("'sam-hf[diagnostics]'", "datasets", "matplotlib", "PIL", "sklearn")
             from .commands import run
 
             run(arguments)
         return 0
-    except ImportError as error:
-        problem = f"{error}: pip install 'sam-hf[diagnostics]'"
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         problem = " ".join(str(error).split())
     except OSError as error:
         reason = error.strerror or str(error)

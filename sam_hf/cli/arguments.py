@@ -6,6 +6,8 @@ import re
 from functools import partial
 from typing import NoReturn
 
+from .. import __version__
+
 _EXAMPLES = """\
 examples:
   sam-hf sharpness outputs/digits_sam
@@ -14,7 +16,8 @@ examples:
   sam-hf landscape outputs/digits_sam outputs/digits_plain digits --directions between
 """
 _DATA_HELP = (
-    "DATA: digits (default), a parquet, csv or json file, a folder, or NAME[:CONFIG] on the Hub"
+    "DATA: a parquet, csv or json file, a folder, NAME[:CONFIG] on the Hub, or digits "
+    "(default: digits for image models)"
 )
 
 
@@ -43,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with the subcommands `sharpness` and `landscape`."""
     shared = _Parser(add_help=False)
-    model = shared.add_argument("model", help="folder of a saved model, or Hub name")
+    model = shared.add_argument("model", help="folder of a saved model or adapter, or Hub name")
     # Without the trailing slash that shell completion adds to folders.
     model.type = lambda text: text.rstrip("/") or text
     add = shared.add_argument_group("data").add_argument
@@ -69,11 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sam-hf", description=description, epilog=_EXAMPLES, formatter_class=_Formatter
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_command = partial(commands.add_parser, parents=[shared], formatter_class=_Formatter)
 
     sharpness = add_command("sharpness", help="sharpness measures of a model, as JSON")
-    sharpness.add_argument("data", nargs="?", default="digits", help=_DATA_HELP)
+    sharpness.add_argument("data", nargs="?", help=_DATA_HELP)
     add = sharpness.add_argument_group("measures").add_argument
     add("--rho", type=float, default=0.05, help="radius of SAM's ball")
     add("--adaptive_rho", type=float, default=0.5, help="radius of ASAM's ball")

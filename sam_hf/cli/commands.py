@@ -20,7 +20,8 @@ from ..diagnostics.planes import connecting_plane, eigenvector_plane, random_pla
 from ..diagnostics.plots import plot_landscapes
 from ..diagnostics.report import Plan, iter_measures
 from .data import DataOptions, load_batches
-from .models import import_plugin, load_model
+from .models import default_data, import_plugin, is_saved_model, load_model
+from .output import table
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _sharpness(arguments: argparse.Namespace) -> None:
     plan = Plan(**_fields_of(Plan, arguments))
+    arguments.data = arguments.data or default_data(arguments.model)
     objective = _objective(arguments, arguments.model)
     folder = Path(arguments.output_dir or f"outputs/sharpness/{Path(arguments.model).name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,14 +65,12 @@ def _sharpness(arguments: argparse.Namespace) -> None:
                 partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
             bar.set_postfix_str(next(iter(part)))
             bar.update()
-    width = max(map(len, measures))
-    for name, value in measures.items():
-        print(f"{name:<{width}}  {value:.6g}")
+    print(table(measures, vars(arguments), objective.example_count))
     print(f"\nsaved in {folder}: {file.name}")
 
 
 def _landscape(arguments: argparse.Namespace) -> None:
-    names, arguments.data = _models_and_data([arguments.model, *arguments.more])
+    names, data = _models_and_data([arguments.model, *arguments.more])
     span, points, seed = arguments.span, arguments.points, arguments.seed
     is_between = arguments.directions == "between"
     if is_between and len(names) != 2:
@@ -81,6 +81,7 @@ def _landscape(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--span {span} is not allowed. Allowed: a finite number > 0")
     dimensions = arguments.dimensions or (1 if is_between else 2)
     low, high = (-span / 2, 1 + span / 2) if is_between else (-span, span)
+    arguments.data = data or default_data(names[0])
     axis = [low + (high - low) * i / (points - 1) for i in range(points)]
     folder = Path(arguments.output_dir or "outputs/landscape")
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,12 +105,12 @@ def _landscape(arguments: argparse.Namespace) -> None:
     print(f"saved in {folder}: {', '.join(f.name for f in files)} and the losses as parquet")
 
 
-def _models_and_data(words: Sequence[str]) -> tuple[list[str], str]:
+def _models_and_data(words: Sequence[str]) -> tuple[list[str], str | None]:
     """Split MODEL [MODEL2] [DATA]. The second of two is a model if it is a saved model's folder."""
     if len(words) > 3:
         raise ValueError(f"expected MODEL [MODEL2] [DATA], got {len(words)} names: {list(words)}")
-    has_data = len(words) == 3 or not (Path(words[-1]) / "config.json").exists()
-    return (list(words[:-1]), words[-1]) if len(words) > 1 and has_data else (list(words), "digits")
+    has_data = len(words) == 3 or not is_saved_model(words[-1])
+    return (list(words[:-1]), words[-1]) if len(words) > 1 and has_data else (list(words), None)
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -123,13 +124,13 @@ def _short_names(names: Sequence[str]) -> list[str]:
 def _objective(arguments: argparse.Namespace, name: str) -> Objective:
     """Objective of the named model, with the data and the device of the arguments."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = DataOptions(**_fields_of(DataOptions, arguments))
     model = load_model(name)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    batches = load_batches(DataOptions(**_fields_of(DataOptions, arguments)), model)
-    return Objective(model, batches, params=arguments.params)
+    return Objective(model, load_batches(options, model), params=arguments.params)
 
 
 def _fields_of(dataclass: Any, arguments: argparse.Namespace) -> dict[str, Any]:

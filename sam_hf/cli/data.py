@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .models import load
+from .models import check_path, load
 
 _DIGITS = "digits"
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -38,6 +38,9 @@ class DataOptions:
     label_column: str | None = None
     image_column: str | None = None
 
+    def __post_init__(self) -> None:
+        check_path(self.data, "file or folder")
+
 
 def load_batches(options: DataOptions, model: Any) -> list[dict[str, Tensor]]:
     """Load examples and collate them to batches with labels, as the model's forward takes them."""
@@ -49,7 +52,8 @@ def load_batches(options: DataOptions, model: Any) -> list[dict[str, Tensor]]:
     order = list(range(len(dataset)))
     random.Random(options.seed).shuffle(order)
     rows = dataset.select(order[: options.examples])  # in this order, so that batches are random
-    kind = type(model).__name__
+    # Of an adapter, the class of the model that it adapts.
+    kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
     if "Image" in kind:
         collate = _image_collator(rows, options, model)
     elif "Sequence" in kind:

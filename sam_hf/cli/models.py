@@ -1,7 +1,9 @@
-"""Loading of models and plugins that the command line names."""
+"""Loading of models, adapters and plugins that the command line names."""
 
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +12,134 @@ import transformers
 from safetensors import SafetensorError
 
 # Ends of the names of architectures, and of transformers' auto classes for them.
-_TASKS = ("ForImageClassification", "ForSequenceClassification", "ForCausalLM")
+_IMAGES, _SEQUENCES, _LANGUAGE = _TASKS = (
+    "ForImageClassification",
+    "ForSequenceClassification",
+    "ForCausalLM",
+)
+_PEFT_TASKS = {"SEQ_CLS": _SEQUENCES, "CAUSAL_LM": _LANGUAGE}
+_EXAMPLE_DATA = {_SEQUENCES: "stanfordnlp/sst2", _LANGUAGE: "Salesforce/wikitext:wikitext-2-raw-v1"}
+# Last layers of classifiers, whose first dimension is the number of classes.
+_HEADS = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight")
+
+
+def require(requirement: str, *modules: str) -> None:
+    """Raise an ImportError that says how to install the modules that are missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"{', '.join(missing)} not installed: pip install {requirement}")
+
+
+def check_path(name: str, kind: str = "folder") -> None:
+    """Raise a ValueError if a name is a path, so not one on the Hub, and does not exist."""
+    has_parent = "/" in name and Path(name).parent.exists()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or has_parent
+    if is_path and not Path(name).exists():
+        raise ValueError(f"there is no {kind} {name!r}")
+
+
+def is_saved_model(name: str) -> bool:
+    """Whether a name is that of the folder of a model or of an adapter."""
+    return any((Path(name) / f"{kind}config.json").exists() for kind in ("", "adapter_"))
+
+
+@contextmanager
+def _loading(kind: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"no model {name!r} ({kind} cannot be loaded: {error})") from error
 
 
 def load(auto_class: str, name: str, **options: Any) -> Any:
     """Load what a folder or a model on the Hub holds, by its auto class of transformers."""
-    try:
-        return getattr(transformers, auto_class).from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"no model {name!r} ({auto_class} cannot be loaded: {error})") from error
+    with _loading(auto_class, name):
+        loaded = getattr(transformers, auto_class).from_pretrained(name, **options)
+    return loaded
+
+
+def task_of(name: str) -> str:
+    """End of the name of a model's architecture, one of `_TASKS`, from its configuration alone."""
+    check_path(name)
+    adapter, folder, architecture = _adapter(name), Path(name), ""
+    if adapter is not None and adapter.task_type:
+        architecture = _PEFT_TASKS.get(adapter.task_type, f"{adapter.task_type} adapter")
+    elif adapter is not None and adapter.auto_mapping:
+        architecture = adapter.auto_mapping["base_model_class"]
+    elif adapter is not None:
+        return task_of(adapter.base_model_name_or_path)
+    elif is_saved_model(name) or not folder.exists():
+        config = load("AutoConfig", name)
+        (architecture,) = (getattr(config, "architectures", None) or [type(config).__name__])[:1]
+    modern_name = architecture.replace("LMHeadModel", "ForCausalLM")  # GPT2LMHeadModel
+    task = next((task for task in _TASKS if modern_name.endswith(task)), None)
+    if task is None and (folder / "modules.json").exists():
+        raise ValueError(
+            f"{name} is a model of sentence-transformers, whose training loss is not saved with "
+            "it: use sam_hf.diagnostics.Objective(model, batches, loss=...)"
+        )
+    if not architecture:
+        raise ValueError(f"{name} has no config.json: it is not the folder of a saved model")
+    if task is None:
+        raise ValueError(
+            f"{name} is a {architecture}, which is not supported. "
+            f"Allowed: {', '.join(_TASKS)}. Others: sam_hf.diagnostics.Objective(..., loss=...)"
+        )
+    return task
+
+
+def default_data(name: str) -> str:
+    """The digits for an image model. Other models need data, which a ValueError says."""
+    if (task := task_of(name)) != _IMAGES:
+        example = f"for example: sam-hf sharpness {name} {_EXAMPLE_DATA[task]}"
+        raise ValueError(f"DATA is needed for a model of texts (AutoModel{task}), {example}")
+    return "digits"
 
 
 def load_model(name: str) -> Any:
-    """Load a transformers model from a folder or the Hub, in float32 and evaluation mode."""
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise ValueError(f"{name} has no config.json: it is not the folder of a saved model")
-    config = load("AutoConfig", name)
-    (architecture,) = (getattr(config, "architectures", None) or [""])[:1]
-    modern_name = architecture.replace("LMHeadModel", "ForCausalLM")  # GPT2LMHeadModel
-    task = next((task for task in _TASKS if modern_name.endswith(task)), None)
-    if task is None:
-        raise ValueError(
-            f"{name} is a {architecture or type(config).__name__}, which is not supported. "
-            f"Allowed: {', '.join(_TASKS)}. Others: sam_hf.diagnostics.Objective(..., loss=...)"
+    """Load a model or an adapter from a folder or the Hub, in float32 and evaluation mode.
+
+    Of an adapter, only the weights that it stores are trainable.
+    """
+    task, adapter = task_of(name), _adapter(name)
+    if adapter is None:
+        return load(f"AutoModel{task}", name, dtype=torch.float32).eval()
+    from peft import PeftModel, load_peft_weights
+
+    base_name = adapter.base_model_name_or_path
+    with _loading("the adapter", name):
+        weights = load_peft_weights(name, device="cpu")
+    # The base may have no head, or a head for another number of classes.
+    heads = [weight.shape[0] for key, weight in weights.items() if key.endswith(_HEADS)]
+    options = {"num_labels": heads[0]} if heads else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a new head, which the adapter replaces, is part of the fingerprint
+        base, info = load(
+            f"AutoModel{task}", base_name, dtype=torch.float32, output_loading_info=True, **options
         )
-    return load(f"AutoModel{task}", name, dtype=torch.float32).eval()
+    stored = {key.removeprefix("base_model.model.") for key in weights}
+    if lost := sorted(set(info["missing_keys"]) - stored):
+        raise ValueError(f"neither the adapter {name} nor its base {base_name} holds {lost[0]}")
+    with _loading("the adapter", name):
+        model: Any = PeftModel.from_pretrained(base, name, is_trainable=True).eval()
+    processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    if any((Path(name) / file).exists() for file in processors):
+        model.name_or_path = name  # where the data look for a tokenizer or image processor
+    return model
+
+
+def _adapter(name: str) -> Any:
+    """Configuration of the PEFT adapter in a folder; None if the folder holds none."""
+    if not (Path(name) / "adapter_config.json").exists():
+        return None
+    require("peft", "peft")
+    from peft import PeftConfig
+
+    with _loading("adapter_config.json", name):
+        config = PeftConfig.from_pretrained(name)
+    if not config.base_model_name_or_path:
+        raise ValueError(f"{name}/adapter_config.json has no base_model_name_or_path")
+    check_path(config.base_model_name_or_path, f"base model of {name} in the folder")
+    return config
 
 
 def import_plugin(name: str) -> None:

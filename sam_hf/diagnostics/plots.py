@@ -30,7 +30,7 @@ def plot_landscapes(
     Args:
         landscapes: one or more, all one-dimensional or all two-dimensional.
         path: path without a suffix; a PNG and an SVG are written, whose paths are returned.
-        title: title of the figure; by default the number of examples.
+        title: title of the figure; by default the models, directions and number of examples.
 
     Raises:
         ValueError: `landscapes` is empty or mixes one and two dimensions, or no loss is finite.
@@ -47,9 +47,36 @@ def plot_landscapes(
         raise ValueError("no grid point has a finite loss: use a smaller span")
     draw = _draw_lines if dimensions == {1} else _draw_planes
     figure = draw(landscapes, float(finite.min()), float(finite.max()))
+    return _save(figure, path, title or _title(landscapes))
+
+
+def _title(landscapes: Sequence[Landscape]) -> str:
+    """What is shown: line or plane, directions, models, and number of examples."""
+    shape = ("line", "plane")[len(landscapes[0].labels) - 1]
+    where = {
+        "random": f"a random {shape}",
+        "eigenvectors": f"the sharpest {shape}",
+        "between two models": "the line between two models",
+    }.get(str(landscapes[0].facts.get("directions")), f"a {shape}")
+    names = " and ".join(landscape.name for landscape in landscapes)
     examples = {landscape.facts.get("examples") for landscape in landscapes}
-    on_examples = f" on {examples.pop()} examples around the weights" if len(examples) == 1 else ""
-    return _save(figure, path, title or f"Loss{on_examples}")
+    on_examples = f", {examples.pop()} examples" if len(examples) == 1 else ""
+    return f"Loss on {where}: {names}{on_examples}"
+
+
+def _levels(low: float, high: float) -> list[float]:
+    """Round losses that span the range, logarithmically spaced if it is wide and positive."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if low > 0 and high > 10 * low:
+        low = max(low, high * 1e-4)
+        subs = (1, 1.5, 2, 3, 5, 7) if high < 100 * low else (1, 2, 5)
+        # Ticks end at the decade that begins below the upper limit.
+        ticks = LogLocator(subs=subs, numticks=_LEVEL_COUNT).tick_values(low, 10 * high)
+    else:
+        ticks = MaxNLocator(_LEVEL_COUNT, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    first = max(0, int(np.searchsorted(ticks, low, side="right")) - 1)
+    return [float(tick) for tick in ticks[first : int(np.searchsorted(ticks, high)) + 1]]
 
 
 def _draw_lines(landscapes: Sequence[Landscape], low: float, high: float) -> Figure:
@@ -66,6 +93,8 @@ def _draw_lines(landscapes: Sequence[Landscape], low: float, high: float) -> Fig
     axes.set(xlabel=labels.pop() if len(labels) == 1 else "along the direction", ylabel="loss")
     if low > 0 and high / low > 50:
         axes.set_yscale("log")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
     if len(landscapes) > 1:
         axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -78,10 +107,8 @@ def _draw_planes(landscapes: Sequence[Landscape], low: float, high: float) -> Fi
     figure = _figure(1.6 + 4.0 * len(landscapes), 4.6)
     have_same_labels = all(landscape.labels == landscapes[0].labels for landscape in landscapes)
     all_axes = figure.subplots(1, len(landscapes), squeeze=False, sharey=have_same_labels)[0]
-    # Logarithmically spaced for positive losses.
     high = high if high > low else low + max(abs(low), 1e-12) * 1e-3
-    start = max(low, high * 1e-4) if low > 0 else low
-    levels = list((np.geomspace if low > 0 else np.linspace)(start, high, _LEVEL_COUNT).tolist())
+    levels = _levels(low, high)
     norm = BoundaryNorm(levels, 256, extend="max")
     for landscape, axes in zip(landscapes, all_axes, strict=True):
         xs, ys = landscape.coordinates
@@ -89,7 +116,7 @@ def _draw_planes(landscapes: Sequence[Landscape], low: float, high: float) -> Fi
         losses = landscape.losses.T.clamp(levels[0], levels[-1] * 1.0001).numpy()
         filled = axes.contourf(xs, ys, losses, levels, cmap="cividis", norm=norm, extend="max")
         lines = axes.contour(xs, ys, losses, levels, colors="white", linewidths=0.5)
-        axes.clabel(lines, levels[::2], fontsize=7, fmt=lambda value: f"{value:.3g}")
+        axes.clabel(lines, levels[::2], fontsize=7, fmt="%.10g")
         axes.plot(0, 0, "o", color="#D55E00", markeredgecolor="white", markersize=7)
         loss = f"{landscape.facts['loss_at_weights']:.3g}"
         axes.set_title(f"{landscape.name}\nloss at the dot {loss}", fontsize=10)
@@ -99,7 +126,7 @@ def _draw_planes(landscapes: Sequence[Landscape], low: float, high: float) -> Fi
         axes.locator_params(nbins=5)
         if math.isclose(xs[-1] - xs[0], ys[-1] - ys[0]):
             axes.set_aspect("equal")
-    figure.colorbar(filled, ax=all_axes, label="loss (one scale)", shrink=0.85, format="%.3g")
+    figure.colorbar(filled, ax=all_axes, label="loss (one scale)", shrink=0.85, format="%.10g")
     return figure
 
 
@@ -142,10 +169,12 @@ def _save(figure: Figure, path: Path, title: str | None) -> list[Path]:
 
     if title:
         figure.suptitle(title, fontsize=10)
+    figure.draw_without_rendering()  # the layout of axes of equal scale needs a second pass
     path.parent.mkdir(parents=True, exist_ok=True)
     files = []
     for suffix, metadata in (("png", {}), ("svg", {"Date": None})):  # reproducible files
         files.append(path.with_name(f"{path.name}.{suffix}"))
         with replacing(files[-1]) as partial, rc_context({"svg.hashsalt": "sam_hf"}):
-            figure.savefig(partial, format=suffix, dpi=150, metadata=metadata)
+            # "tight", since a title may be wider than the figure.
+            figure.savefig(partial, format=suffix, dpi=150, metadata=metadata, bbox_inches="tight")
     return files

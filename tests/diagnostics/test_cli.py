@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     BertTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,9 +29,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from sam_hf import cli
+from sam_hf import __version__, cli
 from sam_hf.cli.data import DataOptions, load_batches
 from sam_hf.cli.models import load_model
+from sam_hf.cli.output import table
 from sam_hf.diagnostics import Ball, Objective, read_landscape, worst_sharpness
 
 QUICK = ["--examples", "24", "--batch_size", "8"]
@@ -94,7 +99,7 @@ def test_the_sharpness_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_
     assert result["hessian_products"] == "exact"
     printed = capsys.readouterr()
     assert "worst_sharpness" in printed.out and "sharpness.json" in printed.out
-    assert "hessian_eigenvalue " in printed.out
+    assert "hessian_eigenvalue " in printed.out and "_error" not in printed.out
 
 
 def test_two_models_lie_side_by_side_on_one_scale(vit, tmp_path, capsys):
@@ -327,12 +332,15 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", "no/such-model"], "no model 'no/such-model'"),
         (["sharpness", masked], "is a BertForMaskedLM, which is not supported"),
         (["sharpness", vit, "no/such.parquet"], "no data 'no/such.parquet'"),
-        (["sharpness", vit, vit + "/config.txt"], "no data"),
+        (["sharpness", vit, "./no.parquet"], "there is no file or folder './no.parquet'"),
+        (["sharpness", bert], "DATA is needed for a model of texts (AutoModelForSequenceClass"),
+        (["landscape", bert, bert], f"for example: sam-hf sharpness {bert} stanfordnlp/sst2"),
+        (["sharpness", vit, vit + "/config.txt"], "there is no file or folder"),
         (["sharpness", vit, "--rho", "-1"], "rho=-1.0 is not allowed"),
         (["sharpness", vit, "--trace_samples", "1"], "trace_samples=1 is not allowed"),
         (["sharpness", vit, "--params", "(", *FEW], "params='(' does not compile"),
         (["sharpness", vit, "--split", "test"], "--split test: digits has no splits"),
-        (["landscape", vit, str(tmp_path / "misspelt")], "name the data too"),
+        (["landscape", vit, str(tmp_path / "misspelt")], "there is no file or folder"),
         (["sharpness", vit, "--examples", "0"], "'0' is not allowed. Allowed: an integer >= 1"),
         (["sharpness", vit, "--exmples", "4"], "Did you mean --examples?"),
         (["sharpness", vit, "--params", "nose", *FEW], "params='nose' selects no trainable"),
@@ -424,7 +432,157 @@ def test_the_command_is_installed_and_helps():
     assert script.load() is cli.main
 
 
-def test_what_is_missing_is_named_with_its_extra(vit, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    assert cli.main(["sharpness", vit, "--output_dir", str(tmp_path)]) == 2
-    assert "pip install 'sam-hf[diagnostics]'" in capsys.readouterr().err
+def test_the_version_and_the_defaults_are_told(capsys):
+    command = [sys.executable, "-m", "sam_hf", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"sam-hf {__version__}\n"
+    for command in ("sharpness", "landscape"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert "(default: digits for image models)" in told and "random seed (default: 0)" in told
+
+
+@pytest.mark.parametrize("module", ["datasets", "matplotlib", "PIL", "sklearn"])
+def test_what_is_missing_is_named_with_its_extra_before_a_model_is_loaded(
+    vit, monkeypatch, capsys, module
+):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_: pytest.fail())
+    assert cli.main(["sharpness", vit]) == 2
+    told = f"error: {module} not installed: pip install 'sam-hf[diagnostics]'\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.parametrize("name", ["./no", "/no/such", "~/no", "no/such/model", "here/no"])
+def test_a_path_is_not_asked_for_on_the_hub(vit, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for class_name in ("AutoConfig", "AutoModelForImageClassification"):
+        monkeypatch.setattr(
+            getattr(transformers, class_name), "from_pretrained", lambda *_, **__: pytest.fail()
+        )
+    assert cli.main(["sharpness", name]) == 2 and cli.main(["sharpness", vit, name]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"sam-hf: error: there is no folder {name!r}"
+    assert second == f"sam-hf: error: there is no file or folder {name!r}"
+
+
+def save_adapter(folder, base, auto_class, **options):
+    torch.manual_seed(1)
+    model = getattr(transformers, auto_class).from_pretrained(base, **options.pop("of_base", {}))
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
+    adapted.eval().save_pretrained(folder)
+    return adapted
+
+
+def test_of_an_adapter_its_own_weights_are_measured(vit, tmp_path):
+    folder = tmp_path / "adapter"
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    saved = save_adapter(folder, vit, "AutoModelForImageClassification", **options)
+    for option, file in (("sharpness", "sharpness.json"), ("landscape", "landscape_random_1d.png")):
+        words = [option, str(folder), *QUICK, "--output_dir", str(tmp_path / "out")]
+        few = FEW[4:] if option == "sharpness" else ["--points", "3", "--dimensions", "1"]
+        assert cli.main([*words, *few]) == 0 and (tmp_path / "out" / file).exists()
+    result = json.loads((tmp_path / "out" / "sharpness.json").read_text())
+    batches = load_batches(DataOptions(examples=24, batch_size=8), load_model(vit))
+    expected = Objective(saved, batches)
+    assert result["parameters"] == expected.parameter_count == 2 * 2 * 16 + 170
+    assert result["measures"]["loss"] == pytest.approx(expected.value(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "CAUSAL_LM"])
+def test_an_adapter_on_a_base_without_its_head_and_without_a_tokenizer(tmp_path, kind):
+    # As on a pretrained model: the head for three classes is in the adapter alone.
+    is_language = kind == "CAUSAL_LM"
+    base = save_gpt(tmp_path / "base") if is_language else save_bert(tmp_path / "base", BertModel)
+    auto_class = f"AutoModelFor{'CausalLM' if is_language else 'SequenceClassification'}"
+    options = {} if is_language else {"of_base": {"num_labels": 3}}
+    saved = save_adapter(tmp_path / "adapter", base, auto_class, task_type=kind, **options)
+    data = {"text": TEXTS["sentence"], "label": [0, 1, 2, 0] * 4}
+    Dataset.from_dict(data).to_parquet(tmp_path / "x.parquet")
+    model = load_model(str(tmp_path / "adapter"))
+    data = DataOptions(str(tmp_path / "x.parquet"), batch_size=8)
+    found, expected = (Objective(m, load_batches(data, model)) for m in (model, saved))
+    assert found.names == expected.names and found.value() == pytest.approx(expected.value())
+    again = Objective(load_model(str(tmp_path / "adapter")), found.batches)
+    assert again.fingerprint() == found.fingerprint()
+    BertTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    assert load_model(str(tmp_path / "adapter")).name_or_path == str(tmp_path / "adapter")
+
+
+def test_adapters_that_cannot_be_measured_are_told(vit, bert, tmp_path, capsys, monkeypatch):
+    headless = save_bert(tmp_path / "headless", BertModel)
+    options = {"target_modules": ["query"]}
+    save_adapter(tmp_path / "lost", headless, "AutoModelForSequenceClassification", **options)
+    save_adapter(tmp_path / "tokens", bert, "AutoModel", task_type="TOKEN_CLS", **options)
+    save_adapter(
+        tmp_path / "moved", vit, "AutoModelForImageClassification", target_modules=["q_proj"]
+    )
+    file = tmp_path / "moved" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    Dataset.from_dict(TEXTS).to_parquet(tmp_path / "x.parquet")
+
+    def said(name):
+        assert cli.main(["sharpness", str(tmp_path / name), str(tmp_path / "x.parquet")]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert f"nor its base {headless} holds classifier.bias" in said("lost")
+    assert "is a TOKEN_CLS adapter, which is not supported" in said("tokens")
+    file.write_text(json.dumps(config | {"base_model_name_or_path": "/no/base"}))
+    assert "moved in the folder '/no/base'" in said("moved")
+    file.write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    assert "has no base_model_name_or_path" in said("moved")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert said("moved").endswith("error: peft not installed: pip install peft")
+
+
+def test_a_model_of_sentence_transformers_is_refused_with_the_way_out(tmp_path, capsys):
+    folder = save_bert(tmp_path / "model", BertModel)
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    for _ in range(2):
+        assert cli.main(["sharpness", folder]) == 2
+        told = "is a model of sentence-transformers, whose training loss is not saved with it: use "
+        assert f"{told}sam_hf.diagnostics.Objective(" in capsys.readouterr().err
+        (tmp_path / "model" / "config.json").unlink(missing_ok=True)
+
+
+def test_each_number_has_its_uncertainty_and_its_meaning():
+    measures = {
+        "loss": 2.0,
+        "worst_sharpness": 0.0123456,
+        "worst_sharpness_error": 0.001,
+        "average_sharpness": 1.9e-6,
+        "average_sharpness_error": 1e-7,
+        "share_norms": 0.25,
+        "adaptive_worst_sharpness": math.inf,
+        "adaptive_average_sharpness": -3e-6,
+        "adaptive_share_biases": 0.5,
+        "hessian_eigenvalue": 3.0,
+        "hessian_eigenvalue_residual": 0.01,
+        "hessian_eigenvalue_2": 1.0,
+        "hessian_trace": math.nan,
+        "gradient_noise": 4.0,
+        "gradient_noise_scale": math.inf,
+        "squared_gradient_norm": -0.5,
+    }
+    told = table(measures, {"rho": 0.05, "adaptive_rho": 0.5, "m": 8}, 24)
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines()}
+    noise = "unknown the squared gradient is below its noise: more --examples"
+    assert lines == {
+        "loss": "2 mean loss of 24 examples",
+        "worst_sharpness": "0.01235 ± 0.001 largest rise of the loss found within distance 0.05, "
+        "mean over groups of 8",
+        "average_sharpness": "about 0 below the rounding of the loss: raise --rho",
+        "share_norms": "0.25 share of SAM's squared perturbation on norms",
+        "adaptive_worst_sharpness": "not finite an overflow in the ball: lower --adaptive_rho",
+        "adaptive_average_sharpness": "-3e-06 mean rise of the loss in random directions at "
+        "distance 0.5 relative to the weights (ASAM)",
+        "adaptive_share_biases": "0.5 share of ASAM's squared perturbation on biases",
+        "hessian_eigenvalue": "3 ± 0.01 second derivative of the loss along its eigenvector",
+        "hessian_eigenvalue_2": "1 second derivative of the loss along its eigenvector",
+        "hessian_trace": "not finite an overflow in the derivatives",
+        "gradient_noise": "4 trace of the covariance of the gradients of single examples",
+        "gradient_noise_scale": noise,
+        "squared_gradient_norm": noise,
+    }

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 from curved import Quadratic, batches, classifier, nothing
+from matplotlib.figure import Figure
 from PIL import Image
 from reference_sharpness import flat
 from tiny import Classifier, assert_same_bits, examples, weights
@@ -28,6 +29,7 @@ from sam_hf.diagnostics import (
     write_landscape,
 )
 from sam_hf.diagnostics import landscape as module
+from sam_hf.diagnostics.plots import _levels
 
 AXIS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 
@@ -298,13 +300,52 @@ def test_pictures_name_their_axes_and_models(tmp_path, dimensions, count):
     root = ElementTree.parse(svg).getroot()
     comments = svg.read_text()
     assert root.tag.endswith("svg")
-    for text in ("loss", "random direction, filter-normalised", "Loss on 8 examples"):
+    names = " and ".join(f"model {number}" for number in range(count))
+    shape = "plane" if dimensions == 2 else "line"
+    title = f"Loss on a random {shape}: {names}, 8 examples"
+    for text in ("loss", "random direction, filter-normalised", title):
         assert f"<!-- {text}" in comments
     if count == 2 or dimensions == 2:
         assert all(f"<!-- model {number}" in comments for number in range(count))
     first = png.read_bytes()
     plot_landscapes(found, tmp_path / "folder" / "picture")
     assert png.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (2.3013, 2.3121, [2.301 + 0.001 * i for i in range(13)]),
+        (0.12, 7.1, [0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0]),
+        (-0.9, 11.0, [-1.0 + i for i in range(13)]),
+        (1e-9, 9.0, [5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]),
+    ],
+)
+def test_the_levels_of_the_loss_are_round(low, high, expected):
+    assert _levels(low, high) == pytest.approx(expected)
+
+
+def test_the_title_is_above_those_of_the_models_and_within_the_picture(tmp_path, monkeypatch):
+    overlaps, facts = [], {"loss_at_weights": 1.0, "examples": 8, "directions": "eigenvectors"}
+    real = Figure.savefig
+
+    def save(figure, *args, **options):
+        real(figure, *args, **options)
+        if options["format"] == "png":
+            figure.dpi = options["dpi"]  # as it was drawn
+            title = figure._suptitle.get_window_extent()
+            overlaps.extend(title.overlaps(ax.title.get_window_extent()) for ax in figure.axes)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    losses = torch.arange(9.0).reshape(3, 3)
+    axis = [-1.0, 0.0, 1.0]
+    found = [Landscape(f"model {i}", ["a", "b"], [axis] * 2, losses, facts) for i in range(2)]
+    plot_landscapes(found, tmp_path / "it")
+    assert overlaps == [False] * 3
+    title = "Loss on the sharpest plane: model 0 and model 1, 8 examples"
+    assert f"<!-- {title} -->" in (tmp_path / "it.svg").read_text()
+    plot_landscapes(found[:1], tmp_path / "long", title="long title " * 20)
+    assert Image.open(tmp_path / "long.png").width > 1500  # more than the figure
 
 
 def test_a_history_is_drawn_with_a_frame_for_each_measure(tmp_path):
