@@ -65,10 +65,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.from_json is not None:
         _refuse_options_of_training(options)
         require_writable(options.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
         content = read_results(Path(options.from_json))
         report(content, options.recipes, options.reference, folder)
         return content
     require_writable(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.torch_num_threads)
     book = RecipeBook.read(options.recipes_file)
     if options.tune:

@@ -25,6 +25,7 @@ from common.training_utils import (
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
+from sam_hf.cli.models import check_path
 from sam_hf.diagnostics import SharpnessCallback
 
 
@@ -37,8 +38,6 @@ def prepare(args: Any, data_args: Any) -> str | None:
     """
     check_training_arguments(args)
     resume_from = checkpoint_to_resume(args, data_args)
-    if resume_from is None:
-        write_settings(args, data_args)
     if args.torch_num_threads is not None:
         torch.set_num_threads(args.torch_num_threads)
     return resume_from
@@ -51,6 +50,7 @@ def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
         InputError: there is none, or the model's head has another number of classes.
     """
     try:
+        check_path(args.model_name_or_path)  # the Hub would be asked for minutes
         return loader.from_pretrained(args.model_name_or_path, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason: object = error
@@ -125,6 +125,7 @@ def train_and_compare(
     metrics: Sequence[str] = ("accuracy",),
     *,
     details: dict[str, Any],
+    test_dataset: Any = None,
 ) -> tuple[Trainer, list[Run]]:
     """Train `model` and save it; with --compare_with_plain train its initial copy without SAM too.
 
@@ -133,7 +134,9 @@ def train_and_compare(
     Args:
         build: makes the trainer of `args` and `model`.
         metrics: the names, without `eval_`, of what is reported; the first is what counts.
-        details: what `results.json` is to hold beside the runs and the training's options.
+        details: what `results.json` is to hold in addition to the runs and the training's options;
+            `data_arguments` among it.
+        test_dataset: what the final models are evaluated on, if not the trainer's `eval_dataset`.
 
     Returns:
         The trainer of `model`, and one or two runs.
@@ -146,13 +149,16 @@ def train_and_compare(
     if trainer.is_world_process_zero():
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
     trainer.add_callback(LayoutLine(trainer))
-    runs = [train(trainer, method_name(args), resume_from, metrics, save=True)]
+    if resume_from is None:  # not earlier: a start that is refused leaves no file
+        write_settings(args, details["data_arguments"])
+    test = {"test_dataset": test_dataset}
+    runs = [train(trainer, method_name(args), resume_from, metrics, save=True, **test)]
     _write_results(trainer, runs, details)
     if initial_model is not None:
         plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
         plain_trainer = build(plain_args, model=initial_model)
         watch_sharpness(plain_trainer, plain_args)
-        runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics))
+        runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics, **test))
         _write_results(trainer, runs, details)
     return trainer, runs
 
@@ -200,12 +206,13 @@ def method_name(args: Any) -> str:
 def plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
     """The same training without SAM, lengthened until it has computed as much."""
     plain = copy.copy(args)  # TRL's arguments cannot be built anew from what they have become
+    loads_best = args.load_best_model_at_end  # from a checkpoint: these are needed then
     vars(plain).update(
         compare_with_plain=False,
         sam_rho=0.0,
         max_steps=round(sam_steps * sam.passes / sam.epochs),
         output_dir=str(Path(args.output_dir) / "plain"),
-        save_strategy=SaveStrategy.NO,
+        save_strategy=args.save_strategy if loads_best else SaveStrategy.NO,
         push_to_hub=False,
         resume_from_checkpoint=None,
     )
@@ -218,7 +225,8 @@ def show_results(trainer: Trainer, runs: Sequence[Run], title: str, saved: str) 
         return
     folder = Path(trainer.args.output_dir)
     metric = in_words(runs[0].metric)
-    plot_curves(runs, f"{title}: test {metric} against compute", folder / "curves.png")
+    heading = f"{title}: {runs[0].curve_data} {metric} against compute"
+    plot_curves(runs, heading, folder / "curves.png")
     print(f"\n{title}, final models (pass: one forward and backward over the training set)")
     callbacks = trainer.callback_handler.callbacks
     is_measured = any(isinstance(callback, SharpnessCallback) for callback in callbacks)

@@ -30,17 +30,19 @@ _OF_THE_OPTIMIZER = (
 _OF_THE_ORDER = ("seed", "data_seed", "dataloader_drop_last")
 # Files may have moved, and what is evaluated does not matter to the training.
 _NOT_OF_THE_DATA = ("train_file", "validation_file", "train_dir", "validation_dir")
-_NOT_OF_THE_DATA += ("max_eval_samples", "num_eval_prompts")
+_NOT_OF_THE_DATA += ("data_file", "max_eval_samples", "num_eval_prompts")
 
 
 def checkpoint_to_resume(args: TrainingArguments, data_args: Any) -> str | None:
-    """The checkpoint that --resume_from_checkpoint names: a folder, or "last" for the newest.
+    """The checkpoint that --resume_from_checkpoint names: a folder, or True for the newest.
 
     Raises:
         InputError: there is none; or there is one, and a fresh run would mix with it; or it was
             made with other options than it can go on with; or --output_dir cannot be written to.
     """
     asked = args.resume_from_checkpoint
+    if asked in ("True", "true"):  # as in the examples of transformers
+        asked = "last"
     require_writable(args.output_dir)
     checkpoints = sort_checkpoints(args.output_dir)
     # The Trainer writes its state last: a run that was killed may leave a folder without it.
@@ -48,18 +50,19 @@ def checkpoint_to_resume(args: TrainingArguments, data_args: Any) -> str | None:
     if asked is None and checkpoints:
         raise InputError(
             f"--output_dir {args.output_dir!r} holds {Path(checkpoints[-1]).name} of an earlier "
-            "run: go on from it with --resume_from_checkpoint last, or choose another --output_dir"
+            "run: resume with --resume_from_checkpoint True, or choose another --output_dir"
         )
     if asked == "last" and not complete:
         what = "no complete checkpoint" if checkpoints else "no checkpoint"
-        raise InputError(f"--resume_from_checkpoint last: {what} in {args.output_dir!r}")
+        given = args.resume_from_checkpoint
+        raise InputError(f"--resume_from_checkpoint {given}: {what} in {args.output_dir!r}")
     if asked == "last":
         if complete[-1] != checkpoints[-1]:
             names = [Path(checkpoint).name for checkpoint in (checkpoints[-1], complete[-1])]
             warnings.warn(f"{names[0]} is not complete: going on from {names[1]}", stacklevel=2)
         asked = complete[-1]
     if asked is not None and not _is_complete(asked):
-        raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor 'last'")
+        raise InputError(f"--resume_from_checkpoint {asked!r} is neither a checkpoint nor True")
     if asked is not None:
         _refuse_finished(asked, args)
         _refuse_other_settings(Path(asked), args, data_args)
@@ -83,16 +86,17 @@ def _is_complete(checkpoint: str) -> bool:
     return (Path(checkpoint) / "trainer_state.json").is_file()
 
 
-def write_settings(args: TrainingArguments, data_args: Any) -> None:
-    """Note beside the checkpoints to come what they are made with."""
+def write_settings(args: TrainingArguments, data: dict[str, Any]) -> None:
+    """Write next to the checkpoints to come what they are made with."""
     if args.process_index == 0:
         file = Path(args.output_dir) / SETTINGS_NAME
-        file.write_text(json.dumps(_settings(args, data_args), indent=2) + "\n", encoding="utf-8")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(_settings(args, data), indent=2) + "\n", encoding="utf-8")
 
 
-def _settings(args: TrainingArguments, data_args: Any) -> dict[str, Any]:
+def _settings(args: TrainingArguments, data: dict[str, Any]) -> dict[str, Any]:
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    values = (asdict(data_args), args.to_dict(), per_update)
+    values = (data, args.to_dict(), per_update)
     return dict(zip(_SETTINGS, values, strict=True))
 
 
@@ -103,7 +107,7 @@ def _refuse_other_settings(checkpoint: Path, args: TrainingArguments, data_args:
         before = {name: before[name] for name in _SETTINGS}
     except (OSError, ValueError, KeyError, TypeError):
         return  # of another program, or of another version: there is nothing to compare with
-    now = json.loads(json.dumps(_settings(args, data_args)))
+    now = json.loads(json.dumps(_settings(args, asdict(data_args))))
     has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))
     if has_optimizer:
         why = "and the optimizer goes on as it was saved"

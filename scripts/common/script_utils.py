@@ -41,6 +41,25 @@ LEAST = {
     "max_length": 2,  # of TRL's SFT: of one token nothing is predicted
     "max_completion_length": 1,  # of TRL's GRPO
 }
+# The options of SAM as --help lists them.
+SAM_HEADINGS = {
+    "SAM: radius": ("sam_rho", "sam_rho_schedule", "sam_rho_warmup_ratio", "sam_rho_min"),
+    "SAM: method": ("sam_method", "sam_method_args", "sam_eta", "sam_adaptive_scope"),
+    "SAM: what is perturbed": (
+        "sam_params",
+        "sam_scope",
+        "sam_replay_rng",
+        "sam_freeze_norm_stats",
+    ),
+    "SAM: cost": (
+        "sam_interval",
+        "sam_start_ratio",
+        "sam_ascent_fraction",
+        "sam_trigger",
+        "sam_trigger_start",
+        "sam_trigger_end",
+    ),
+}
 # How the libraries that write checkpoints say that a disk is full: safetensors, then torch.
 FULL_DISK = ("No space left on device", "file write failed", ". unexpected pos ")
 
@@ -116,6 +135,23 @@ class OptionParser(HfArgumentParser):
             for dataclass in dataclasses
             for name in (f.name for f in fields(dataclass) if f.init)
         }
+        self._sort_groups()
+
+    def _sort_groups(self) -> None:
+        """The options of SAM first, those of the Trainer last, each under headings of their own."""
+        of_trainer = [f.name for f in fields(TrainingArguments) if f.init]
+        headings = {**SAM_HEADINGS, "training (transformers.TrainingArguments)": of_trainer}
+        found = {title: list[argparse.Action]() for title in headings}
+        title_of = {name: title for title, names in headings.items() for name in names}
+        for group in self._action_groups:
+            for action in [a for a in group._group_actions if a.dest in title_of]:
+                group._group_actions.remove(action)
+                found[title_of[action.dest]].append(action)
+        first, others = self._action_groups[:2], self._action_groups[2:]
+        for title, actions in found.items():
+            self.add_argument_group(title)._group_actions[:] = actions
+        *of_sam, last = self._action_groups[-len(found) :]
+        self._action_groups[:] = [*first, *of_sam, *others, last]
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -192,7 +228,15 @@ class OptionParser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines, and leaves out "(default: None)", which tells nothing."""
+    """Keeps the description's lines, and leaves out "(default: None)" and second spellings."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        spellings = action.option_strings
+        action.option_strings = [s for s in spellings if "-" not in s.lstrip("-")]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = spellings
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -301,12 +345,15 @@ def _check_numbers(args: TrainingArguments) -> None:
 
 
 def require_writable(output_dir: str) -> None:
-    """Make the folder, and raise `InputError` if nothing can be written there."""
+    """Raise `InputError` if nothing can be written to the folder, which need not exist."""
     if not output_dir:
         raise InputError("--output_dir '' is not the name of a folder")
     try:
+        is_new = not Path(output_dir).exists()
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:  # permissions tell root nothing
             file.write(b"x")
+        if is_new:
+            Path(output_dir).rmdir()  # until there is something to write
     except OSError as error:
         raise InputError(f"--output_dir {output_dir!r} cannot be used: {error.strerror}") from error

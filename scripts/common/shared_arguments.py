@@ -216,7 +216,7 @@ class ScriptArguments:
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint to go on from: a folder, or 'last' for the newest in --output_dir."
+            "help": "Checkpoint to resume from: a folder, or True for the newest in --output_dir."
         },
     )
     compare_with_plain: bool = field(

@@ -74,12 +74,12 @@ class LayoutLine(TrainerCallback):
 class QuietProgressBar(ProgressCallback):
     """The Trainer's bar, with the newest loss and score on it instead of a line per log."""
 
-    def __init__(self, name: str, metric: str = "accuracy") -> None:
+    def __init__(self, name: str, metric: str = "accuracy", data: str = "test") -> None:
         super().__init__()
         self._name = name
         self._formats = {
             "loss": "loss {:.2f}",
-            f"eval_{metric}": f"test {in_words(metric)} {{:.3f}}",
+            f"eval_{metric}": f"{data} {in_words(metric)} {{:.3f}}",
         }
         self._shown: dict[str, str] = {}
 
@@ -103,15 +103,16 @@ class QuietProgressBar(ProgressCallback):
 class ComputeMeter(TrainerCallback, ExportableState):
     """Counts the examples that go forward and backward, whatever the method does with them.
 
-    It watches the model's forward calls, so that it needs no knowledge of the method. Each log
-    entry gets `examples_computed`, all of them, and `examples_drawn`, those that came from the
-    data: in a plain run the two are equal, SAM on every update computes twice what it draws. A pass
-    over a part of the micro-batch counts as that part. A pass counts as one whether or not its
-    backward half computes the gradients of all weights. The counts are saved with each checkpoint.
+    It watches the model's forward calls, so that it needs no knowledge of the method. `computed`
+    counts all of them, and `drawn` those that came from the data: in a plain run the two are equal,
+    SAM on every update computes twice what it draws. A pass over a part of the micro-batch counts
+    as that part. A pass counts as one whether or not its backward half computes the gradients of
+    all weights. The counts are saved with each checkpoint.
     """
 
     def __init__(self) -> None:
         self.computed = self.drawn = 0
+        self.at: dict[str, int] = {}  # `computed` at each update that is logged
         self._micro_batch = 0  # examples of the micro-batch at hand that have been seen so far
         self._hook: Any = None
 
@@ -119,13 +120,14 @@ class ComputeMeter(TrainerCallback, ExportableState):
         self.on_train_end(args, state, control)  # auto_find_batch_size begins more than once
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._processes = args.world_size
-        self.computed = self.drawn = 0
+        self.computed, self.drawn, self.at = 0, 0, {}
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step:  # the run resumes
             vars(self).update(saved["attributes"])
 
     def state(self):
-        return {"args": {}, "attributes": {"computed": self.computed, "drawn": self.drawn}}
+        counts = {"computed": self.computed, "drawn": self.drawn, "at": self.at}
+        return {"args": {}, "attributes": counts}
 
     def _count(self, model, inputs, named_inputs):
         if not (model.training and torch.is_grad_enabled()):
@@ -142,7 +144,7 @@ class ComputeMeter(TrainerCallback, ExportableState):
     on_step_end = on_substep_end
 
     def on_log(self, args, state, control, **kwargs):
-        state.log_history[-1].update(examples_computed=self.computed, examples_drawn=self.drawn)
+        self.at[str(state.global_step)] = self.computed
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._hook is not None:
@@ -159,6 +161,7 @@ class Run:
     scores: dict[str, float]  # of the final model on the test data; the first is what counts
     seconds: float
     curve: list[tuple[float, float]]  # passes so far, the score that counts
+    curve_data: str = "test"  # the data that the curve's scores are measured on
 
     @property
     def metric(self) -> str:
@@ -174,11 +177,11 @@ def in_words(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def show_quiet_bar(trainer: Trainer, name: str, metric: str) -> None:
+def show_quiet_bar(trainer: Trainer, name: str, metric: str, data: str = "test") -> None:
     """Put our bar in the place of the Trainer's, unless --disable_tqdm took that away."""
     if any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(QuietProgressBar(name, metric))
+        trainer.add_callback(QuietProgressBar(name, metric, data))
 
 
 def train(
@@ -187,6 +190,7 @@ def train(
     resume_from: str | None = None,
     metrics: Sequence[str] = ("accuracy",),
     save: bool = False,
+    test_dataset: Any = None,
 ) -> Run:
     """Train, evaluate the final model and save the metrics of both in the output folder.
 
@@ -194,14 +198,16 @@ def train(
         save: whether to save the model too, before anything can go wrong in the evaluation.
         metrics: those that the table shows, as the trainer names them but without `eval_`. The
             first is that of the curve.
+        test_dataset: what the final model is evaluated on, where the trainer's `eval_dataset` is
+            validation data. The curve is then that of the validation data.
     """
-    show_quiet_bar(trainer, name, metrics[0])
+    show_quiet_bar(trainer, name, metrics[0], "test" if test_dataset is None else "validation")
     meter = ComputeMeter()
     trainer.add_callback(meter)
     training = trainer.train(resume_from_checkpoint=resume_from).metrics
     if save:
         trainer.save_model(_internal_call=True)  # else it would push, with nothing to show yet
-    evaluation = trainer.evaluate()
+    evaluation = trainer.evaluate(test_dataset)
     if not math.isfinite(evaluation.get("eval_loss", 0.0)):
         warnings.warn(
             f"{name}: the final loss is {evaluation['eval_loss']}, so that its other scores mean "
@@ -215,11 +221,12 @@ def train(
     epochs = trainer.state.epoch
     examples = meter.drawn / epochs
     key = f"eval_{metrics[0]}"
-    curve = {  # a dict: the last evaluation of the training and the one after it are the same
-        entry["examples_computed"] / examples: entry[key]
-        for entry in trainer.state.log_history
-        if key in entry
-    }
+    evaluations = [entry for entry in trainer.state.log_history if key in entry]
+    is_validation = test_dataset is not None and len(evaluations) > 1
+    if is_validation:
+        evaluations.pop()  # the one on the test data
+    # A dict: the last evaluation of the training and the one after it are the same.
+    curve = {meter.at[str(entry["step"])] / examples: entry[key] for entry in evaluations}
     return Run(
         name=name,
         epochs=epochs,
@@ -227,6 +234,7 @@ def train(
         scores={metric: evaluation[f"eval_{metric}"] for metric in metrics},
         seconds=training["train_runtime"],
         curve=sorted(curve.items()),
+        curve_data="validation" if is_validation else "test",
     )
 
 
@@ -245,7 +253,7 @@ def format_runs(runs: Sequence[Run]) -> str:
 
 
 def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
-    """Save a picture of the score on the test data against compute, one curve a run."""
+    """Save a picture of the score against compute, one curve a run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -256,10 +264,11 @@ def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
     for run, (color, dashes) in zip(runs, (("#0072B2", "-"), ("#D55E00", "--")), strict=False):
         label = f"{run.name}: {run.score:.3f}"
         axes.plot(*zip(*run.curve, strict=True), dashes, color=color, label=label)
-        axes.plot(run.passes, run.score, "o", color=color)
+        if run.curve_data == "test":
+            axes.plot(run.passes, run.score, "o", color=color)
     metric = in_words(runs[0].metric)
     axes.set_title(title, fontsize="medium")
-    axes.set_ylabel(f"Test {metric}")
+    axes.set_ylabel(f"{runs[0].curve_data.capitalize()} {metric}")
     axes.set_xlabel("Compute (forward-backward passes over the training set)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,16 +36,29 @@ def save_checkpoint(folder: Path, step: int) -> Path:
 
 def test_last_is_the_newest_checkpoint_and_a_fresh_run_does_not_mix_with_it(tmp_path):
     assert resume(tmp_path, None) is None
-    with pytest.raises(InputError, match="no checkpoint in"):
-        resume(tmp_path, "last")
+    for newest in ("last", "True"):
+        with pytest.raises(InputError, match=f"checkpoint {newest}: no checkpoint in"):
+            resume(tmp_path, newest)
     for step in (5, 10):
         save_checkpoint(tmp_path, step)
-    assert resume(tmp_path, "last") == str(tmp_path / "checkpoint-10")
+    for newest in ("last", "True", "true"):
+        assert resume(tmp_path, newest) == str(tmp_path / "checkpoint-10")
     assert resume(tmp_path, str(tmp_path / "checkpoint-5")) == str(tmp_path / "checkpoint-5")
     with pytest.raises(InputError, match="holds checkpoint-10 of an earlier run"):
         resume(tmp_path, None)
-    with pytest.raises(InputError, match="is neither a checkpoint nor 'last'"):
+    with pytest.raises(InputError, match="is neither a checkpoint nor True"):
         resume(tmp_path, str(tmp_path))
+
+
+def test_a_start_that_is_refused_leaves_nothing(tmp_path):
+    folder = tmp_path / "run"
+    for options in (
+        ["--train_file", "nowhere.parquet"],
+        ["--image_size", "7", "--patch_size", "2"],
+    ):
+        with pytest.raises(InputError):
+            main([*options, "--output_dir", str(folder)])
+        assert not folder.exists()
 
 
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
@@ -83,7 +97,7 @@ def begin(folder: Path, data: DataArguments | None = None, **options: Any) -> Pa
     """Of a training that has begun, with a checkpoint of it."""
     checkpoint = save_checkpoint(folder, 8)
     (checkpoint / "optimizer.pt").touch()
-    write_settings(SAMTrainingArguments(str(folder), **options), data or DataArguments())
+    write_settings(SAMTrainingArguments(str(folder), **options), asdict(data or DataArguments()))
     return checkpoint
 
 

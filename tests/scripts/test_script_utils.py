@@ -6,12 +6,13 @@ import errno
 import logging
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import datasets
 import pytest
 from common.script_utils import (
+    SAM_HEADINGS,
     InputError,
     OptionParser,
     check_training_arguments,
@@ -20,7 +21,7 @@ from common.script_utils import (
 )
 from safetensors import SafetensorError
 
-from sam_hf import SAMTrainingArguments
+from sam_hf import SAMConfig, SAMTrainingArguments
 
 
 @dataclass
@@ -183,6 +184,17 @@ def test_a_bad_command_line_is_refused_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
+def test_help_lists_sams_options_first_and_those_of_the_trainer_last():
+    text = OptionParser([Arguments, SAMTrainingArguments], "First").format_help()
+    headings = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings[2:6] == [f"{title}:" for title in SAM_HEADINGS]
+    assert headings[-1] == "training (transformers.TrainingArguments):"
+    options = {f.name for f in fields(SAMConfig)}
+    assert options == {name for names in SAM_HEADINGS.values() for name in names}
+    assert text.index("--sam_rho ") < text.index("--sam_interval ") < text.index("--seed ")
+    assert "--num-train-epochs" not in text  # a second spelling, which is taken too
+
+
 def test_help_shows_every_option_with_its_default_and_keeps_the_lines_of_the_description():
     text = OptionParser([Arguments, SAMTrainingArguments], "First\n    second").format_help()
     assert "First\n    second" in text
@@ -335,3 +347,5 @@ def test_an_output_folder_that_cannot_be_made_or_written_to_is_refused(tmp_path)
     for folder in (tmp_path / "file" / "folder", Path("/proc/self")):
         with pytest.raises(InputError, match=r"--output_dir .* cannot be used"):
             require_writable(str(folder))
+    require_writable(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()

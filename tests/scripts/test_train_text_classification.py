@@ -297,3 +297,11 @@ def test_the_configs_are_valid(file):
     assert training_args.sam_rho > 0
     assert training_args.output_dir == f"outputs/{file}"
     assert (data_args.task_name is not None) == (model_args.model_name_or_path is not None)
+
+
+@pytest.mark.parametrize("option", ["model_name_or_path", "dataset_name"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_a_name_that_is_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, option, name):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the Hub was asked"))
+    with pytest.raises(InputError, match=f"--{option}.*there is no folder '{name}'"):
+        main([f"--{option}", name, "--output_dir", str(tmp_path / "run"), "--use_cpu"])

@@ -12,6 +12,7 @@ import torch
 from common.training_utils import Run, format_runs, load_metric, plot_curves, train
 from PIL import Image
 from sklearn.metrics import accuracy_score
+from slow import slow_unless
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from sam_hf import SAMConfig, SAMTrainer
@@ -83,6 +84,7 @@ def tiny_trainer(folder: Path, sam: dict | None = None, **options) -> SAMTrainer
     )
 
 
+@slow_unless(options=[{}])
 @pytest.mark.parametrize(
     ("sam", "options", "passes"),
     [
@@ -103,6 +105,15 @@ def test_each_forward_backward_pass_over_the_training_data_is_counted_once(
     assert run.passes == passes
     assert run.curve[-1] == (passes, run.score)
     assert len(run.curve) == 2  # one point per evaluation, the last one once
+
+
+def test_the_model_card_shows_results_of_the_evaluation_alone(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    train(trainer, "x")
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| Accuracy |" in card and "xamples" not in card.split("hyperparameters")[0]
+    assert not any("examples" in key for entry in trainer.state.log_history for key in entry)
 
 
 def test_the_first_metric_is_the_one_that_counts(tmp_path):
