@@ -1,17 +1,32 @@
 """Nothing in the suite asks the Hub, every test is seeded, and tiny models run quickly."""
 
+import functools
 import gc
 import os
+from collections.abc import Generator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from accelerate.utils import imports
+from slow import RUN_SLOW, WITHOUT_SLOW, is_slow
 from transformers import set_seed
 
 # Models of a hundred weights spend their time in waiting for a second thread.
 torch.set_num_threads(1)
+# Accelerate looks for DeepSpeed's files several times in each training.
+imports._is_package_available = functools.cache(imports._is_package_available)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m slow` selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests are skipped unless RUN_SLOW=1 is set."""
+    for item in filter(is_slow, items):
+        item.add_marker("slow")
+        if not RUN_SLOW:
+            item.add_marker(WITHOUT_SLOW)
 
 
 def pytest_collection_finish() -> None:
@@ -22,6 +37,17 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """Spare it what each file leaves, too: more imports, and results that are kept."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

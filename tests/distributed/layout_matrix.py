@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "benchmarks"))
 
 import test_ddp
 import test_deepspeed
@@ -121,7 +121,7 @@ def main() -> int:
     for part in parts:
         its = PARTS[part]
         with tempfile.TemporaryDirectory() as folder:
-            runs = launch(its.worker, its.cases | its.refused, Path(folder))
+            runs = launch(its.worker, its.cases | its.refused, Path(folder), uses=["peft"])
         failures += sum(not row(part, name, options, runs) for name, options in its.cases.items())
         for name in its.refused:
             print(f"{part:<11} {name:<28} refused: {runs[0][name]['error']}")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from benchmark_layouts import CollectiveCounter
 from layouts import PROCESSES, UPDATES, by_the_paper, launch
+from slow import cases_to_run, slow_unless
 from tiny import Classifier
 from torch import Tensor
 from torch.testing import assert_close
@@ -87,6 +88,20 @@ SOMETIMES["micro_batch-each-sometimes"] = {
     },
 }
 REFUSED = {"micro_batch-1-static": case("micro_batch", 1, ddp_static_graph=True)}
+ALL = REDUCED | UNEVEN | SOMETIMES | REFUSED
+QUICK = [
+    "batch-1",
+    "batch-2",
+    "micro_batch-3",
+    "micro_batch-2-unused",
+    "micro_batch-2-views",
+    "batch-2-some",
+    "batch-short",
+    "micro_batch-filled",
+    "batch-sometimes",
+    *REFUSED,
+]
+quick_cases = slow_unless(name=QUICK)
 
 
 def untrained() -> Classifier:
@@ -98,10 +113,10 @@ def untrained() -> Classifier:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[dict[str, Any]]:
     """What each process saw of each case: all of them in one launch."""
-    cases = REDUCED | UNEVEN | SOMETIMES | REFUSED
-    return launch("ddp_worker.py", cases, tmp_path_factory.mktemp("ddp"))
+    return launch("ddp_worker.py", cases_to_run(ALL, QUICK), tmp_path_factory.mktemp("ddp"))
 
 
+@quick_cases
 @pytest.mark.parametrize("name", REDUCED)
 def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
     expected = by_the_paper(REDUCED[name], untrained(), is_shared=False)
@@ -113,6 +128,7 @@ def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
         assert_close(seen[name]["weights"], expected, rtol=1e-10, atol=1e-12)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", REDUCED | UNEVEN)
 def test_the_processes_agree_to_the_last_bit_and_log_the_same(runs, name):
     first, *others = (seen[name] for seen in runs)
@@ -123,12 +139,14 @@ def test_the_processes_agree_to_the_last_bit_and_log_the_same(runs, name):
             assert entry == theirs
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_reduced_once_in_each_pass_that_is_synchronised(runs, name):
     passes = 2 if name.startswith("batch") else 1
     assert {seen[name]["reductions"] for seen in runs} == {passes}
 
 
+@quick_cases
 @pytest.mark.parametrize("name", VIEWS)
 def test_with_sync_each_batch_every_micro_batch_is_reduced(runs, name):
     scope, steps, _ = name.split("-")
@@ -136,6 +154,7 @@ def test_with_sync_each_batch_every_micro_batch_is_reduced(runs, name):
     assert {seen[name]["reductions"] for seen in runs} == {passes}
 
 
+@quick_cases
 @pytest.mark.parametrize("name", SOME)
 def test_ddp_reduces_the_descent_pass_alone_if_some_parameters_are_perturbed(runs, name):
     assert {seen[name]["reductions"] for seen in runs} == {1}
@@ -161,6 +180,7 @@ def test_what_sam_reduces_itself_goes_in_buckets_of_one_type_and_ddps_size():
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
+@quick_cases
 @pytest.mark.parametrize("name", UNEVEN)
 def test_the_last_batches_of_an_epoch_count_as_the_twin_says(runs, name):
     scope, end = name.split("-")
@@ -180,6 +200,7 @@ def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES)
 def test_a_compiled_model_is_compiled_in_the_first_update_only(runs, name):
     for seen in runs:
@@ -188,6 +209,7 @@ def test_a_compiled_model_is_compiled_in_the_first_update_only(runs, name):
         assert others == [first] * (UPDATES - 1)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", SOMETIMES)
 def test_a_process_without_a_gradient_to_climb_keeps_nobody_waiting(runs, name):
     first, second = (seen[name] for seen in runs)

@@ -15,6 +15,8 @@ from layouts import launch
 from mlp import TINY_RHO
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow
+
 GSAM = {"sam_method": "gsam", "sam_method_args": {"alpha": 0.4}}
 LOOKSAM = {"sam_method": "looksam", "sam_method_args": {"k": 2, "alpha": 0.0}}
 # Perturbs the first update, and no other.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from layouts import DISTRIBUTED, PROCESSES, by_the_paper, first_gradient_norm, launch
+from slow import cases_to_run, slow_unless
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -71,6 +72,19 @@ HALF = {
 }
 # A loss scale that no gradient of fp16 survives, neither that of the ascent nor that of the descent
 OVERFLOW = {"overflow": case(2, **half("fp16", initial_scale_power=30))}
+ALL = CASES | HALF | OVERFLOW | REFUSED
+QUICK = [
+    "0-batch-1",
+    "1-batch-2",
+    "2-batch-3",
+    "1-micro_batch-1",
+    "2-micro_batch-2",
+    "clipped",
+    "bf16",
+    *OVERFLOW,
+    *REFUSED,
+]
+quick_cases = slow_unless(name=QUICK)
 NEEDS_FP16 = ("fp16", "fp16-batch", "overflow")
 
 
@@ -90,11 +104,12 @@ TOLERANCE = {"bf16": 4e-3, "fp16": 1e-3, "fp16-batch": 1e-3, "autocast": 1e-3}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch(
-        "layout_worker.py", CASES | HALF | OVERFLOW | REFUSED, tmp_path_factory.mktemp("deepspeed")
-    )
+    cases = cases_to_run(ALL, QUICK)
+    uses = ["peft"] if any("lora" in case for case in cases.values()) else []
+    return launch("layout_worker.py", cases, tmp_path_factory.mktemp("deepspeed"), uses=uses)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES | HALF)
 def test_the_weights_are_those_of_the_twin(runs, name):
     options = (CASES | HALF)[name]
@@ -117,6 +132,7 @@ def test_an_overflow_skips_the_step_and_leaves_w_in_place(runs):
         assert after["logs"][0]["sam_perturbation_norm"] == 0.0  # inf · 0 is not
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES | HALF)
 def test_the_processes_agree_to_the_last_bit_and_the_second_pass_saw_other_weights(runs, name):
     first, second = (seen[name] for seen in runs)
@@ -131,6 +147,7 @@ def test_a_stage_that_shards_the_weights_is_refused_with_the_way_out(runs):
         assert "FSDP2" in seen["zero-3"]["error"]
 
 
+@quick_cases
 @pytest.mark.parametrize("name", ["0-batch-1", "1-batch-2", "2-batch-3", "fp16-batch"])
 def test_the_gradient_norm_in_the_log_is_that_of_all_processes(runs, name):
     options = (CASES | HALF)[name]

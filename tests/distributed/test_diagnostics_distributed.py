@@ -16,6 +16,8 @@ sys.path.append(str(DISTRIBUTED))
 
 import diagnostics_worker as worker
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

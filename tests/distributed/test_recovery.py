@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from layouts import launch, start
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-WORKER = Path(__file__).parents[1] / "distributed" / "workers" / "recovery_worker.py"
-PROCESSES, STRUCK, UPDATES = 2, 2, 6
+pytestmark = pytest.mark.slow
+STRUCK, UPDATES = 2, 6
 PLAIN = None
 SCOPES: dict[str, dict[str, Any]] = {
     scope: {"sam_rho": 0.3, "sam_scope": scope} for scope in ("batch", "micro_batch")
@@ -90,27 +86,10 @@ WITHOUT_MEMORY = {
 ENDING_WELL = RESUMED | STOPPED | WITHOUT_MEMORY | SHARDED
 
 
-def launch(folder: Path, cases: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={PROCESSES}", str(WORKER), str(folder / "cases.json")]
-    return subprocess.run(
-        [*command, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> list[dict[str, Any]]:
     """What each process saw of each case that should go well: all of them in one launch."""
-    folder = tmp_path_factory.mktemp("recovery")
-    done = launch(folder, ENDING_WELL)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(PROCESSES)]
+    return launch("recovery_worker.py", ENDING_WELL, tmp_path_factory.mktemp("recovery"))
 
 
 def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -167,7 +146,8 @@ def test_a_process_that_fails_at_w_plus_e_ends_the_run_and_the_last_checkpoint_h
     runs, name, tmp_path
 ):
     scope, fault = FAULTS[name]
-    done = launch(tmp_path, {"run": {"kind": "crash", "sam": SCOPES[scope], "fault": fault}})
+    cases = {"run": {"kind": "crash", "sam": SCOPES[scope], "fault": fault}}
+    done = start("recovery_worker.py", cases, tmp_path)
     assert done.returncode != 0
     message = {"error": "out of memory. Tried to allocate", "interrupt": "KeyboardInterrupt"}
     assert message[fault] in done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import DISTRIBUTED, PROCESSES, by_the_paper, data, first_gradient_norm, launch
+from slow import cases_to_run, slow_unless
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -89,15 +90,34 @@ FAILING = {
     for scope in ("batch", "micro_batch")
 }
 REFUSED = {"own-loss": case("fsdp2", steps=2, runs_model=True)}
+ALL = CASES | FAILING | REFUSED
+QUICK = [
+    "fsdp2-batch-1",
+    "fsdp2-batch-2",
+    "fsdp2-micro_batch-2",
+    "fsdp2-load-batch-2",
+    "fsdp2-load-micro_batch-2",
+    "load-some",
+    "asam",
+    "tied",
+    "bf16",
+    "tensor-parallel",
+    "fsdp2-batch-fails",
+    *REFUSED,
+]
+quick_cases = slow_unless(name=QUICK)
 # |w - twin|, where the passes compute in less than float64: Llama's norms and loss are of float32.
 TOLERANCE = {"bf16": 1e-3, "tensor-parallel": 1e-8, "tensor-parallel-micro_batch": 1e-8}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return launch("layout_worker.py", CASES | FAILING | REFUSED, tmp_path_factory.mktemp("fsdp2"))
+    cases = cases_to_run(ALL, QUICK)
+    uses = ["peft"] if any("lora" in case for case in cases.values()) else []
+    return launch("layout_worker.py", cases, tmp_path_factory.mktemp("fsdp2"), uses=uses)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES)
 def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
     expected = by_the_paper(CASES[name], untrained(CASES[name]), is_shared=True)
@@ -117,6 +137,7 @@ def test_the_weights_are_those_of_the_twin_on_all_examples(runs, name):
         assert_close(actual, expected, rtol=rtol, atol=atol)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", CASES)
 def test_the_processes_log_the_same_and_the_second_pass_saw_other_weights(runs, name):
     first, second = (seen[name] for seen in runs)
@@ -127,6 +148,7 @@ def test_the_processes_log_the_same_and_the_second_pass_saw_other_weights(runs, 
         assert first["logs"][0]["sam_perturbation_norm"] == pytest.approx(RHO, rel=rel)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", [n for n in CASES if "batch-1" in n or n == "load-adapters"])
 def test_the_gradient_norm_in_the_log_is_that_of_all_processes_and_shards(runs, name):
     expected = first_gradient_norm(CASES[name], untrained(CASES[name]))
@@ -135,6 +157,7 @@ def test_the_gradient_norm_in_the_log_is_that_of_all_processes_and_shards(runs, 
         assert logged == pytest.approx(expected, rel=1e-12)
 
 
+@quick_cases
 @pytest.mark.parametrize("name", FAILING)
 def test_after_a_failure_at_w_plus_e_nobody_sees_it_also_not_in_weights_that_were_gathered(
     runs, name

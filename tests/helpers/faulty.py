@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,10 +172,13 @@ class Snapshot:
 
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
-    generators: list[Any]
+    generators: list[bytes]
     statistics: dict[str, Tensor]
     counters: dict[str, Any]
     replaced_methods: list[str]
+    marker: object = field(
+        default_factory=object, compare=False
+    )  # no state of the trainer, as above
 
 
 _REPLACED_FOR_A_RUN = {"floating_point_ops", "compute_loss", "_prepare_inputs"}
@@ -216,9 +220,9 @@ class _Watched:
                 name: None if p.grad is None else p.grad.clone() for name, p in parameters.items()
             },
             generators=[
-                torch.get_rng_state().tolist(),
-                random.getstate(),
-                (numpy_state["key"].tolist(), numpy_state["pos"]),
+                torch.get_rng_state().numpy().tobytes(),
+                pickle.dumps(random.getstate()),
+                numpy_state["key"].tobytes() + bytes(str(numpy_state["pos"]), "ascii"),
             ],
             statistics={name: buffer.clone() for name, buffer in self.model.named_buffers()},
             counters={

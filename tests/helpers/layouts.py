@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,45 @@ DISTRIBUTED = Path(__file__).parents[1] / "distributed" / "workers"
 PROCESSES, BATCH, UPDATES = 2, 4, 3
 
 
-def launch(
-    worker: str, cases: dict[str, Any], folder: Path, processes: int = PROCESSES
-) -> list[dict[str, Any]]:
-    """What each process saw of each case: all of them in one launch."""
+# Libraries that Transformers imports, for seconds, if they are installed.
+HEAVY = ("bitsandbytes", "peft", "datasets", "pandas", "sklearn", "scipy")
+
+
+def start(
+    worker: str,
+    cases: dict[str, Any],
+    folder: Path,
+    processes: int = PROCESSES,
+    uses: Collection[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Run the cases in one launch.
+
+    Args:
+        uses: those of the heavy libraries that the worker uses.
+    """
+    folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
+    unused = ",".join(name for name in HEAVY if name not in uses)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", str(DISTRIBUTED / worker)]
-    done = subprocess.run(
-        [*command, str(folder / "cases.json"), str(folder)],
+    command += [f"--nproc_per_node={processes}", str(DISTRIBUTED / "lean.py"), unused]
+    return subprocess.run(
+        [*command, str(DISTRIBUTED / worker), str(folder / "cases.json"), str(folder)],
         capture_output=True,
         text=True,
         timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def launch(
+    worker: str,
+    cases: dict[str, Any],
+    folder: Path,
+    processes: int = PROCESSES,
+    uses: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """What each process saw of each case, if all of them end well."""
+    done = start(worker, cases, folder, processes, uses)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 

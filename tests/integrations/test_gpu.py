@@ -27,10 +27,7 @@ from twin_runs import by_the_twin, distance, means
 from sam_hf import SAMTrainer
 from sam_hf.diagnostics import Objective, hessian_trace, top_eigenpairs
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 UPDATES, RHO = 7, 0.3
 GPU: dict[str, Any] = {"use_cpu": False, "per_device_train_batch_size": 3, "max_steps": UPDATES}

@@ -274,8 +274,9 @@ DDP = {
 }
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_agree_to_the_last_bit(tmp_path):
-    runs = launch("adapter_worker.py", DDP, tmp_path)
+    runs = launch("adapter_worker.py", DDP, tmp_path, uses=["peft"])
     assert [seen["world_size"] for seen in runs] == [2, 2]
     for name, case in DDP.items():
         first, second = (seen[name] for seen in runs)

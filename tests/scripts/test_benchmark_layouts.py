@@ -18,6 +18,7 @@ import pytest
 import torch
 from benchmark_utils import build_model
 from scaling_table import bytes_sent
+from slow import slow_unless
 from transformers import HfArgumentParser, ViTConfig
 
 from sam_hf.engine.parameters import select_parameters
@@ -60,6 +61,7 @@ def collectives(row: dict[str, Any]) -> dict[str, tuple[int, int]]:
     return {kind: (calls, row["bytes"][kind]) for kind, calls in row["calls"].items()}
 
 
+@pytest.mark.slow
 def test_under_ddp_scope_micro_batch_sends_what_a_plain_update_sends(tmp_path, sizes):
     names = ("sam", "sam, micro_batch", "sam, norms")
     result, printed = launch("ddp", tmp_path, rounds=2, rows=names)
@@ -92,6 +94,7 @@ def test_under_ddp_scope_micro_batch_sends_what_a_plain_update_sends(tmp_path, s
     assert of_plain["sam"] == "2.000" and of_plain["sam, micro_batch"] == "1.000"
 
 
+@pytest.mark.slow
 def test_under_fsdp2_both_scopes_send_twice_and_one_number(tmp_path, sizes):
     rows = {n: collectives(row) for n, row in launch("fsdp2", tmp_path)[0]["rows"].items()}
     plain = rows["plain"]
@@ -172,6 +175,12 @@ def gpu_commands() -> list[list[str]]:
     return [shlex.split(line) for line in block.splitlines() if line]
 
 
+def is_cheap(command: list[str]) -> bool:
+    """Whether the command starts no training here, or a small eager one in bfloat16."""
+    is_small = {"vit-base", "bf16"} <= set(command) and "--torch_compile" not in command
+    return "--layout" in command or is_small
+
+
 def test_the_commands_for_a_gpu_say_what_they_are_to_measure():
     commands = [" ".join(command) for command in gpu_commands()]
     assert all(c.startswith("python scripts/benchmarks/benchmark_step.py") for c in commands)
@@ -180,6 +189,7 @@ def test_the_commands_for_a_gpu_say_what_they_are_to_measure():
         assert any(wanted in c for c in commands), wanted
 
 
+@slow_unless(command=is_cheap)
 @pytest.mark.parametrize("command", gpu_commands(), ids=" ".join)
 def test_the_commands_for_a_gpu_run_on_a_cpu(command, folders, capsys, monkeypatch):
     arguments = " ".join(command[2:]).replace("--device cuda", "--device cpu")

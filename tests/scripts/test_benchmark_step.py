@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from slow import RUN_SLOW, slow_unless
 from transformers import BertConfig, T5Config, Trainer, Wav2Vec2Config
 
 pytest.importorskip("sam_hf")
@@ -43,7 +44,7 @@ def result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda text, **_: printed.append(text))
         result = benchmark_step.main(
-            [*TINY, "--rounds", "2", "--imports", "1", "--output_json", str(path)]
+            [*TINY, "--rounds", "2", "--imports", str(int(RUN_SLOW)), "--output_json", str(path)]
         )
     return result, printed[0], json.loads(path.read_text())
 
@@ -87,6 +88,7 @@ def test_the_json_file_holds_what_the_table_was_made_of(result):
     assert benchmark_step.table(written) == printed
 
 
+@pytest.mark.slow
 def test_both_imports_are_measured(result):
     result, printed, _ = result
     assert list(result["imports"]) == ["import sam_hf", "from sam_hf import SAMTrainer"]
@@ -117,6 +119,7 @@ def test_the_meter_shows_the_most_that_was_held_at_a_time(model):
     assert peak_memory(work, model) == 3 * MIB
 
 
+@slow_unless(is_kept=[True])
 @pytest.mark.parametrize(("is_kept", "copies"), [(False, 1), (True, 2)])
 def test_an_extra_copy_of_the_parameters_shows_as_one_and_a_kept_one_is_not_overlooked(
     trainer, model, is_kept, copies
@@ -219,6 +222,7 @@ def test_a_steady_turn_reads_the_clock_twice(trainer, model, monkeypatch):
     assert clock.seconds == [2.0]
 
 
+@pytest.mark.slow
 def test_the_steady_table_has_one_time_for_every_turn(capsys):
     options = ["--steady", "--updates", "3", "--rounds", "2", "--rows", "sam", "--imports", "0"]
     result = benchmark_step.main([*TINY, *options])
@@ -227,6 +231,7 @@ def test_the_steady_table_has_one_time_for_every_turn(capsys):
     assert "2 rounds of 3 updates" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_host_table_has_a_line_for_every_model(tmp_path, capsys):
     path = tmp_path / "host.json"
     result = benchmark_step.main(
@@ -317,6 +322,7 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
     assert "--device cpu" in capsys.readouterr().err
 
 
+@slow_unless(config_class=[BertConfig])
 @pytest.mark.parametrize(
     ("config_class", "sizes"),
     [

@@ -59,6 +59,7 @@ def no_training(monkeypatch):
 # ------------------------------------------------------------------------- what is counted and kept
 
 
+@pytest.mark.slow
 def test_the_passes_of_every_recipe_are_counted_at_the_model(finished):
     for run in finished[2]["runs"]:
         if run["length"] == 1:
@@ -70,6 +71,7 @@ def test_the_passes_of_every_recipe_are_counted_at_the_model(finished):
         assert all(seconds > 0 for seconds in cost["seconds"])
 
 
+@pytest.mark.slow
 def test_each_distinct_cost_has_one_plain_run_that_is_as_long(finished):
     longer = [run for run in finished[2]["runs"] if run["length"] != 1]
     assert {run["recipe"] for run in longer} == {"plain"}
@@ -85,11 +87,13 @@ def test_lengths_are_rounded_to_a_twentieth():
     assert plain_length([1.62]) == 1.6
 
 
+@pytest.mark.slow
 def test_a_restarted_command_trains_nothing_again(finished, no_training):
     _, arguments, content, _ = finished
     assert compare_methods.main(arguments)["runs"] == content["runs"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_missing_is_made_alone(finished, tmp_path, monkeypatch):
     _, arguments, content, _ = finished
     lost = next(run for run in content["runs"] if run["recipe"] == "every 2nd")
@@ -108,6 +112,7 @@ def test_a_run_that_is_missing_is_made_alone(finished, tmp_path, monkeypatch):
     assert again["accuracy"] == lost["accuracy"]  # a run depends on nothing but its settings
 
 
+@pytest.mark.slow
 def test_a_file_of_other_settings_is_refused(finished, no_training):
     with pytest.raises(InputError, match=r"training.learning_rate=0.002, and now it is 0.01"):
         compare_methods.main([*finished[1], "--learning_rate", "0.01"])
@@ -128,6 +133,7 @@ def test_labels_that_people_gave_join_a_file_without_them_and_may_rest(tmp_path)
         ResultsFile(path, {"task": "t"})
 
 
+@pytest.mark.slow
 def test_a_file_with_another_recipe_of_that_name_is_refused(finished, tmp_path, no_training):
     changed = {**RECIPES, "sam": {"description": "d", "options": {"sam_rho": 0.7}}}
     arguments = [*finished[1], *write_recipes(tmp_path, changed)]
@@ -210,6 +216,7 @@ def test_there_is_no_share_of_a_gain_that_does_not_differ_from_0():
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(
     finished, tmp_path, no_training
 ):
@@ -224,6 +231,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_trained(
 # --------------------------------------------------------------------------------------- the report
 
 
+@pytest.mark.slow
 def test_table_and_picture_are_made_again_from_the_file(finished, tmp_path, no_training, capsys):
     folder, _, _, printed = finished
     arguments = ["--from_json", str(folder / "results.json"), "--output_dir", str(tmp_path)]
@@ -299,6 +307,7 @@ def test_seeds_that_are_not_finished_or_not_asked_for_are_left_out():
         finished_runs({**content, "runs": [*runs[:12], 5]}, "sam")
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_gains_is_drawn_of_few_recipes_alone(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_report, "STYLES", comparison_report.STYLES[:2])
     results = ["--from_json", str(finished[0] / "results.json"), "--output_dir", str(tmp_path)]
@@ -308,6 +317,7 @@ def test_a_picture_of_the_gains_is_drawn_of_few_recipes_alone(finished, tmp_path
     assert (tmp_path / "gains.png").exists()
 
 
+@pytest.mark.slow
 def test_the_table_holds_the_numbers_of_the_runs(finished):
     scores = {
         (run["recipe"], run["length"], run["seed"]): run["accuracy"] for run in finished[2]["runs"]
@@ -322,11 +332,12 @@ def test_the_table_holds_the_numbers_of_the_runs(finished):
     assert cells[6] == "2.00"
 
 
-def test_options_of_training_are_refused_with_from_json(finished):
+def test_options_of_training_are_refused_with_from_json():
     with pytest.raises(InputError, match="--learning_rate has no effect with --from_json"):
         compare_methods.main(["--from_json", "x.json", "--learning_rate", "1"])
 
 
+@pytest.mark.slow
 def test_a_recipe_with_missing_runs_is_left_out_with_a_line(finished, tmp_path, capsys):
     content = finished[2]
     runs = [r for r in content["runs"] if (r["recipe"], r["seed"]) != ("quarter", 1)]

@@ -279,6 +279,7 @@ def test_bad_input_from_the_command_line_is_one_line_and_exit_code_2(tmp_path, m
         assert "error: " in lines[0]
 
 
+@pytest.mark.slow
 def test_the_script_runs_as_a_program_from_any_folder_and_leaves_with_its_exit_code(tmp_path):
     (tmp_path / "key.yaml").write_text("sam_roh: 1")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_unless
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -98,6 +99,7 @@ def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name] - value).abs().max().item() for name, value in b.items())
 
 
+@slow_unless(scope=["batch"])
 @all_scopes
 def test_no_graph_is_compiled_that_plain_training_does_not_compile(scope):
     """Evaluation and a short last batch ask for graphs of their own, once."""

@@ -19,6 +19,7 @@ import pytest
 import torch
 from faulty import TINY_RHO, Faulty, K, all_scopes, forward_number, watch_lines
 from safetensors.torch import load_file
+from slow import slow_unless
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor
 from torch.testing import assert_close
@@ -28,7 +29,6 @@ from twin_runs import losses, optimizer_state
 from sam_hf import SAMTrainer
 
 UPDATES, STRUCK = 4, 1  # the signal comes in the second of four updates
-EVERY = 8  # of how many lines one is struck
 SCOPES = ["batch", "micro_batch"]
 
 
@@ -180,6 +180,7 @@ def test_with_noise_a_signal_in_the_optimizers_step_is_survived_to_the_last_bit(
     assert_close(optimizer_state(resumed), optimizer_state(expected), rtol=0, atol=0)
 
 
+@slow_unless(moment=lambda moment: "backward" in moment)
 @all_scopes
 @pytest.mark.parametrize("moment", [name for name in moments("batch") if "scent" in name])
 def test_with_noise_a_signal_in_a_pass_saves_what_the_plain_trainer_saves(
@@ -199,7 +200,8 @@ def test_with_noise_a_signal_in_a_pass_saves_what_the_plain_trainer_saves(
 
 
 @all_scopes
-def test_a_signal_at_any_line_saves_w(scope: str) -> None:
+@pytest.mark.parametrize("every", [45, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_signal_at_any_line_saves_w(scope: str, every: int) -> None:
     def run(number: int | None, places: list[str]) -> Any:
         """Train, with the signal before line `number` of the second update."""
         trainer = build(scope)
@@ -219,7 +221,7 @@ def test_a_signal_at_any_line_saves_w(scope: str) -> None:
     run(None, places := [])
     first = {place: number for number, place in reversed(list(enumerate(places)))}
     assert len(first) > 100
-    for place, number in list(first.items())[::EVERY]:
+    for place, number in list(first.items())[::every]:
         stopped = run(number, again := [])
         assert again[number] == place
         folder = checkpoint(stopped)
@@ -228,6 +230,7 @@ def test_a_signal_at_any_line_saves_w(scope: str) -> None:
         assert_same_bits(stopped.model, spy.weights[STRUCK])
 
 
+@slow_unless(moment=lambda moment: "backward" in moment)
 @all_scopes
 @pytest.mark.parametrize("moment", [name for name in moments("batch") if "scent" in name])
 def test_a_stop_that_a_handler_of_the_users_asks_for_is_not_undone(scope: str, moment: str) -> None:

@@ -7,26 +7,23 @@ do is held to the plain Trainer in the same place; the weights are held to the f
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from faulty import TINY_RHO, Faulty, forward_number
+from layouts import launch
 from reference_optimizers import clip_by_global_norm
 from reference_sam import sam_step
 from scaling import UPDATES, run
+from slow import slow_unless
 from tiny import Classifier, examples
 from torch import Tensor
 from torch.testing import assert_close
 from twin_runs import by_the_twin, distance, means
 
-WORKER = Path(__file__).parents[1] / "distributed" / "workers" / "scaling_worker.py"
 RHO, BATCH, CLIP = 0.3, 4, 0.05
 SCALING = [8.0, 2.0, 0.5, 2]  # doubled after two updates that do not overflow
 BAD = 1  # the update that overflows
@@ -88,6 +85,7 @@ def cases(processes: int) -> list[Case]:
 
 
 ALONE, TOGETHER = cases(1), cases(2)
+quick_alone = slow_unless(case=lambda case: case.processes == 1)
 every_case = pytest.mark.parametrize(
     "case", ALONE + TOGETHER, ids=lambda case: f"{case.processes} {case.name}"
 )
@@ -132,28 +130,24 @@ def wanted(some: list[Case]) -> dict[str, tuple[dict[str, Any], int | None]]:
     return options
 
 
+class Runs(dict[int, list[dict[str, Any]]]):
+    """What each process saw of each run, by the number of processes, once it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, processes: int) -> list[dict[str, Any]]:
+        if processes == 1:
+            self[1] = [{name: run(**options) for name, (options, _) in wanted(ALONE).items()}]
+        else:
+            self[2] = launch("scaling_worker.py", wanted(TOGETHER), self.folder)
+        return self[processes]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
-    """What each process saw of each run, by the number of processes."""
-    together = in_parallel(wanted(TOGETHER), tmp_path_factory.mktemp("scaling"))
-    alone = {name: run(**options) for name, (options, _) in wanted(ALONE).items()}
-    return {1: [alone], 2: together}
-
-
-def in_parallel(options: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """What each process saw of each run: all of them in one launch."""
-    (folder / "cases.json").write_text(json.dumps(options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(WORKER), str(folder / "cases.json"), str(folder)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("scaling"))
 
 
 def windows(processes: int, steps: int) -> list[list[Any]]:
@@ -207,6 +201,7 @@ def assert_same_log(actual: list[dict[str, Any]], expected: list[dict[str, Any]]
             assert ours[name] == theirs[name], name
 
 
+@quick_alone
 @every_case
 def test_the_scale_the_schedule_and_the_counters_are_the_plain_trainers(runs, case):
     for seen in runs[case.processes]:
@@ -219,6 +214,7 @@ def test_the_scale_the_schedule_and_the_counters_are_the_plain_trainers(runs, ca
         assert scales == ([8, 4, 4, 8] if case.is_skipped else [8, 16, 16, 32])
 
 
+@quick_alone
 @every_case
 def test_a_step_is_skipped_or_is_the_twins_and_w_comes_back(runs, case):
     expected = by_a_told_twin(case)
@@ -233,6 +229,7 @@ def test_a_step_is_skipped_or_is_the_twins_and_w_comes_back(runs, case):
             assert same(after, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.name)
 def test_the_processes_agree_to_the_last_bit(runs, case):
     first, second = (seen[case.name] for seen in runs[2])
@@ -242,6 +239,7 @@ def test_the_processes_agree_to_the_last_bit(runs, case):
     assert first["logs"][-1]["sam_sharpness"] > 1e-4  # the second pass saw other weights
 
 
+@quick_alone
 @pytest.mark.parametrize("case", SWALLOWED, ids=lambda case: f"{case.processes} {case.name}")
 def test_the_optimizer_is_left_with_the_state_that_plain_training_leaves(runs, case):
     for seen in runs[case.processes]:
@@ -253,6 +251,7 @@ def test_the_optimizer_is_left_with_the_state_that_plain_training_leaves(runs, c
         assert_same_log(ours, plain)
 
 
+@quick_alone
 @pytest.mark.parametrize("case", UNSCALED, ids=lambda case: f"{case.processes} {case.name}")
 def test_the_logs_are_those_of_a_run_without_a_scaler(runs, case):
     """A power of two scales without rounding; twice in these runs, it grows."""
@@ -264,6 +263,7 @@ def test_the_logs_are_those_of_a_run_without_a_scaler(runs, case):
             assert ours == pytest.approx(theirs, rel=1e-12)
 
 
+@quick_alone
 @pytest.mark.parametrize("case", [case for case in TOGETHER + ALONE if case.passes == ("ascent",)])
 def test_an_ascent_that_overflows_is_logged_with_finite_readings(runs, case):
     for seen in runs[case.processes]:
@@ -271,6 +271,7 @@ def test_an_ascent_that_overflows_is_logged_with_finite_readings(runs, case):
         assert all(math.isfinite(v) for name, v in entry.items() if name.startswith("sam_"))
 
 
+@slow_unless(processes=[1])
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_fp16_run_whose_scale_is_too_large_skips_what_the_plain_one_skips(
@@ -289,6 +290,7 @@ def test_an_fp16_run_whose_scale_is_too_large_skips_what_the_plain_one_skips(
         assert not is_perturbed[0] and is_perturbed[-1]
 
 
+@slow_unless(processes=[1])
 @pytest.mark.parametrize("dtype", AUTOCAST)
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 @pytest.mark.parametrize("processes", [1, 2])
@@ -306,6 +308,7 @@ def test_float32_weights_that_autocast_trains_stay_close_to_the_twin(runs, proce
         assert ours["logs"][-1]["sam_perturbation_norm"] == pytest.approx(RHO, rel=1e-5)
 
 
+@slow_unless(processes=[1])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_under_autocast_rho_0_is_the_plain_trainer_to_the_last_bit(runs, processes):
     off, plain = "bf16 {'sam_rho': 0.0}", "bf16 None"

@@ -267,6 +267,7 @@ def test_activation_checkpointing_changes_nothing(scope, reentrant):
     torch.testing.assert_close(weights(checkpointed), weights(run()), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet"])
 def test_a_compiled_transformers_model_trains_as_by_hand(name):
     """Its running statistics too: `assert_as_by_hand` looks at the buffers."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mlp import MLP, TINY_RHO, above, assert_same_weights, below, build, plain, trained
+from slow import slow_unless
 from tiny import FEATURES, Spy
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -82,6 +83,8 @@ def average(bank: Tensor) -> float:
     return 1 + found + bank[-1].item()
 
 
+@slow_unless(numbers=[20_000], scope=["micro_batch"])
+@slow_unless(place=["an attribute"], accumulation=[3], scope=["batch"])
 @all_settings
 @pytest.mark.parametrize("numbers", [500, 20_000, 300_000])
 @pytest.mark.parametrize("place", PLACES)
@@ -182,6 +185,8 @@ def assert_equal(actual: Any, expected: Any) -> None:
         assert actual == expected
 
 
+@slow_unless(place=["a dict"], scope=["micro_batch"])
+@slow_unless(place=["an attribute"], accumulation=[3], scope=["batch"])
 @all_settings
 @pytest.mark.parametrize("place", ["an attribute", "a dict", "a submodule"])
 @pytest.mark.parametrize("kind", STATES)
@@ -275,6 +280,8 @@ class Distilled(MLP):
         return outputs
 
 
+@slow_unless(place=[above], accumulation=[3])
+@slow_unless(write=["lerp_"])
 @all_settings
 @all_writes
 @pytest.mark.parametrize("place", [above, below])
@@ -285,6 +292,7 @@ def test_a_teacher_of_the_trainer_is_as_in_plain_training(place, write, accumula
     assert_same_weights(ours.model, expected.model)
 
 
+@slow_unless(accumulation=[3])
 @all_settings
 @all_writes
 def test_a_teacher_within_the_model_is_as_in_plain_training(write, accumulation, scope):
@@ -292,6 +300,7 @@ def test_a_teacher_within_the_model_is_as_in_plain_training(write, accumulation,
     assert_same_weights(ours.model, expected.model)
 
 
+@slow_unless(accumulation=[3])
 @all_settings
 @all_writes
 def test_a_teacher_is_an_average_of_w_and_never_of_w_plus_e(write, accumulation, scope):
@@ -449,6 +458,7 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@slow_unless(accumulation=[3])
 @all_settings
 @pytest.mark.parametrize("kind", MIDDLES)
 def test_a_module_that_reads_a_buffer_it_writes_is_as_in_plain_training(kind, accumulation, scope):

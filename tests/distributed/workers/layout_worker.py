@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -20,7 +21,6 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from layouts import data
-from peft import LoraConfig, get_peft_model
 from sharded_models import SeldomClassifier, ShardedClassifier, TiedLanguageModel, TinyConfig
 from tiny import VOCABULARY, arguments
 from torch.distributed.tensor import DTensor
@@ -98,6 +98,8 @@ def untrained(case: dict[str, Any], model: Any = None) -> Any:
         model_class, config = MODELS[case.get("model", "classifier")]
         model = model_class(config).double()
     if "lora" in case:
+        from peft import LoraConfig, get_peft_model
+
         torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(init_lora_weights=False, **case["lora"]))
     for name in case.get("unfrozen", []):
@@ -223,6 +225,9 @@ def fail(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    # Each `train()` begins with a full garbage collection: spare it what the imports left.
+    gc.collect()
+    gc.freeze()
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     results = {}
     for name, case in cases.items():
