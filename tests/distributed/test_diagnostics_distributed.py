@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return launch("diagnostics_worker.py", {}, folder)
+    return launch("diagnostics_worker.py", {}, folder, uses=["pandas"])  # by pyarrow
 
 
 def test_under_ddp_the_measures_are_those_over_all_examples(ranks, folder):

@@ -49,6 +49,7 @@ def test_a_second_pass_that_saw_no_other_weights_fails():
     assert not layout_matrix.row("ddp", NAME, test_ddp.CASES[NAME], runs)
 
 
+@pytest.mark.slow
 def test_an_unknown_part_is_told_in_one_line():
     command = [sys.executable, str(Path(layout_matrix.__file__)), "fsdp9"]
     done = subprocess.run(command, capture_output=True, text=True)

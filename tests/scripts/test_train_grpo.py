@@ -83,7 +83,6 @@ def test_the_model_learns_to_write_digits(tmp_path, capsys):
     assert sum(reward(texts)) / 32 == pytest.approx(after, abs=0.15)
 
 
-@pytest.mark.slow
 def test_rho_0_trains_plainly_and_a_comparison_has_the_same_compute(tmp_path):
     sam, plain = run(tmp_path / "a", "--max_steps 2 --sam_rho 0.1 --compare_with_plain")
     assert (sam.name, plain.name) == ("SAM (rho 0.1)", "AdamW")

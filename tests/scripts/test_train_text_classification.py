@@ -301,7 +301,10 @@ def test_the_configs_are_valid(file):
 
 @pytest.mark.parametrize("option", ["model_name_or_path", "dataset_name"])
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
-def test_a_name_that_is_a_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, option, name):
+def test_a_name_that_is_a_path_is_not_looked_for_on_the_hub(
+    tmp_path, animals, monkeypatch, option, name
+):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the Hub was asked"))
+    data = "" if option == "dataset_name" else animals
     with pytest.raises(InputError, match=f"--{option}.*there is no folder '{name}'"):
-        main([f"--{option}", name, "--output_dir", str(tmp_path / "run"), "--use_cpu"])
+        run(tmp_path / "run", f"--{option} {name} {data} --use_cpu")

@@ -12,7 +12,6 @@ import torch
 from common.training_utils import Run, format_runs, load_metric, plot_curves, train
 from PIL import Image
 from sklearn.metrics import accuracy_score
-from slow import slow_unless
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from sam_hf import SAMConfig, SAMTrainer
@@ -84,7 +83,6 @@ def tiny_trainer(folder: Path, sam: dict | None = None, **options) -> SAMTrainer
     )
 
 
-@slow_unless(options=[{}])
 @pytest.mark.parametrize(
     ("sam", "options", "passes"),
     [

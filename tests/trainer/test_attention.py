@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from real_models import gpt2, language, llama
-from slow import slow_unless
 from tiny import Rows, assert_same_bits, sam_trainer, weights
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -58,7 +57,6 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return sum((a[n].double() - w.double()).square().sum().item() for n, w in b.items()) ** 0.5
 
 
-@slow_unless(make=[llama])
 @all_models
 @pytest.mark.parametrize("kernel", [None, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 def test_sdpa_and_eager_attention_take_the_same_update(make, kernel):
@@ -75,8 +73,6 @@ def test_sdpa_and_eager_attention_take_the_same_update(make, kernel):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
 
 
-@slow_unless(bf16=[False], reentrant=[False])
-@slow_unless(make=[llama], attention=["sdpa"])
 @all_models
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -27,7 +27,6 @@ from faulty import (
     undisturbed,
     watched,
 )
-from slow import slow_unless
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
@@ -37,8 +36,6 @@ from sam_hf import SAMTrainer
 # ---- What is left when the exception leaves the training step --------------------------------
 
 
-@slow_unless(method=["sam"], index=[K // 2])
-@slow_unless(kind=[KeyboardInterrupt], index=[K // 2])
 @all_passes_at_micro_batches
 @pytest.mark.parametrize(
     ("kind", "where"),
@@ -67,7 +64,6 @@ def test_weights_are_those_of_the_last_update_bitwise_whatever_fails(
     assert left.replaced_methods == []
 
 
-@slow_unless(where=["backward"])
 @all_methods_at_micro_batches
 @forward_and_backward
 def test_a_failed_descent_leaves_all_but_the_gradients_as_the_ascent_left_it(
@@ -97,7 +93,6 @@ def test_a_failed_descent_with_masks_of_its_own_gives_back_the_random_numbers_it
     assert left.generators == expected.generators
 
 
-@slow_unless(where=["backward"])
 @all_methods_at_micro_batches
 @forward_and_backward
 def test_a_failed_descent_leaves_the_gradients_of_earlier_micro_batches_and_no_part_of_its_own(
@@ -109,7 +104,6 @@ def test_a_failed_descent_leaves_the_gradients_of_earlier_micro_batches_and_no_p
     assert_same(left.gradients, gradients_before(index * (scope != "batch"), method, scope))
 
 
-@slow_unless(where=["backward"])
 @all_methods_at_micro_batches
 @forward_and_backward
 def test_a_failed_ascent_leaves_what_it_leaves_in_a_plain_trainer(
@@ -152,8 +146,6 @@ def test_a_failed_pass_at_w_plus_e_that_is_the_only_one_leaves_what_it_leaves_in
 # ---- Again ------------------------------------------------------------------------------------
 
 
-@slow_unless(method=["sam"], index=[K // 2])
-@slow_unless(failing_pass=["descent"], where=["backward"], index=[K // 2])
 @all_passes_at_micro_batches
 @forward_and_backward
 def test_training_again_after_a_failure_equals_a_fresh_run_from_the_same_weights(
@@ -240,7 +232,6 @@ every_recipe = pytest.mark.parametrize(
 )
 
 
-@slow_unless(index=[K // 2])
 @all_scopes
 @both_passes
 @every_micro_batch
@@ -259,7 +250,6 @@ def test_the_update_after_a_swallowed_failure_equals_that_of_a_fresh_run(
     assert_same_bits(trainer.model, weights(fresh.model))
 
 
-@slow_unless(index=[K // 2])
 @all_scopes
 @both_passes
 @every_micro_batch

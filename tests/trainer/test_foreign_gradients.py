@@ -17,7 +17,6 @@ from mlp import MLP, TINY_RHO, above, assert_same_weights, below, build, plain, 
 from reference_asam import asam_step
 from reference_gsam import gsam_step
 from reference_sam import Gradient, add, sam_step
-from slow import slow_unless
 from tiny import Rows, Spy, examples, weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -131,7 +130,6 @@ def may_be_refused(place: Any, order: str) -> bool:
     return (place, order) != (above, "before")
 
 
-@slow_unless(accumulation=[3])
 @all_places_and_orders
 @all_methods
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -147,7 +145,6 @@ def test_a_penalty_with_a_backward_of_its_own_trains_as_plain_at_a_tiny_rho(
     )
 
 
-@slow_unless(order=["before"])
 @all_places_and_orders
 @all_scopes
 @pytest.mark.parametrize(
@@ -166,7 +163,6 @@ def test_a_penalty_in_one_micro_batch_of_the_update_trains_as_plain_at_a_tiny_rh
     assert_as_plain(theirs, place, refusable, sam={"sam_scope": scope}, accumulation=3)
 
 
-@slow_unless(accumulation=[3])
 @all_places_and_orders
 @all_scopes
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -211,7 +207,6 @@ class InComputeLoss:
         return super().compute_loss(model, *args, **kwargs)
 
 
-@slow_unless(accumulation=[3])
 @all_places
 @all_methods
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -252,7 +247,6 @@ TWINS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@slow_unless(accumulation=[3])
 @all_places_and_orders
 @all_methods
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -296,7 +290,6 @@ class Halves:
         return torch.stack(losses).sum()
 
 
-@slow_unless(accumulation=[2])
 @all_places
 @all_methods
 @pytest.mark.parametrize("accumulation", [1, 2, 3])
@@ -378,14 +371,12 @@ MARKS = {
     "the last update": ("xx-", 1),
     "every update": ("---", 1),
 }
-USUAL_MARKS = ["the second micro-batch", "a whole update of four", "the first update"]
 SAM_OF_NORMS = [
     pytest.param({**METHODS[m], "sam_scope": s, "sam_params": "norms"}, id=f"{m}-{s}")
     for m, s in METHODS_AND_SCOPES
 ]
 
 
-@slow_unless(case=USUAL_MARKS)
 @pytest.mark.parametrize("sam", SAM_OF_NORMS)
 @pytest.mark.parametrize("case", MARKS)
 def test_micro_batches_that_reach_no_perturbed_parameter_train_as_plain_at_a_tiny_rho(case, sam):
@@ -397,7 +388,6 @@ def test_micro_batches_that_reach_no_perturbed_parameter_train_as_plain_at_a_tin
     assert_same_weights(*(run.model for run in runs))
 
 
-@slow_unless(case=USUAL_MARKS)
 @all_scopes
 @pytest.mark.parametrize("case", MARKS)
 def test_e_is_zero_where_no_perturbed_parameter_has_a_gradient(case, scope):
@@ -420,7 +410,6 @@ def test_e_is_zero_where_no_perturbed_parameter_has_a_gradient(case, scope):
 DRAWS = {"torch": lambda: torch.rand(()).item(), "random": random.random, "numpy": np.random.rand}
 
 
-@slow_unless(source=["torch", "numpy"], accumulation=[4])
 @pytest.mark.parametrize("sam", SAM_OF_NORMS)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("source", DRAWS)

@@ -1,7 +1,6 @@
 """Properties of whole trainings, for random models under random settings (Hypothesis).
 
-The suite tries a few cases, always the same ones, and some more where slow tests run. Thousands,
-with random seeds, by hand:
+The suite tries a few cases, always the same ones. Thousands, with random seeds, by hand:
 
     SAM_HF_EXAMPLES=2000 pytest tests/trainer/test_properties.py
 
@@ -28,7 +27,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from random_models import SAVED_COUNTERS, Architecture, Block, RandomModel, architectures
 from safetensors.torch import load_file
-from slow import RUN_SLOW
 from tiny import examples, sam_trainer
 from torch import Tensor
 from torch.testing import assert_close
@@ -42,7 +40,6 @@ pytestmark = [
     pytest.mark.timeout(0 if EXAMPLES else 900),  # a failing case takes a while to shrink
     pytest.mark.filterwarnings("ignore:sam_rho"),  # too large, or without effect
     pytest.mark.filterwarnings("ignore:Training ended after"),  # without a SAM update
-    *([pytest.mark.slow] if RUN_SLOW else []),  # with more cases than otherwise
 ]
 
 UPDATES = 4
@@ -69,9 +66,9 @@ HAVE_MOMENTUM = ("sgd with momentum", "nesterov", "adamw")
 
 
 def cases(count: int) -> settings:
-    """So many examples where slow tests run, and a quarter of them otherwise."""
+    """So many examples in the suite."""
     return settings(
-        max_examples=EXAMPLES or (count if RUN_SLOW else count // 4),
+        max_examples=EXAMPLES or count,
         derandomize=not EXAMPLES,
         database=None,
         deadline=None,

@@ -20,7 +20,6 @@ from faulty import (
     forward_number,
     options,
 )
-from slow import slow_unless
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
@@ -69,7 +68,6 @@ def out_of_memory_run(
     return trainer, beginnings, spy
 
 
-@slow_unless(index=[K // 2])
 @all_scopes
 @forward_and_backward
 @every_micro_batch
@@ -91,7 +89,6 @@ def test_out_of_memory_in_the_first_descent_equals_a_run_with_the_smaller_batch(
     assert_same_bits(trainer.model, weights(fresh.model))
 
 
-@slow_unless(index=[K // 2])
 @all_scopes
 @every_micro_batch
 def test_out_of_memory_in_a_later_descent_is_retried_as_one_in_the_ascent_is(
@@ -152,7 +149,6 @@ def test_stopping_in_the_middle_of_an_update_leaves_the_weights_of_the_last_one(
     assert_same_bits(trainer.model, spy.weights[0])
 
 
-@slow_unless(index=[K // 2])
 @all_methods_and_scopes
 @not_the_last_micro_batch
 def test_training_again_after_stopping_in_the_middle_of_an_update_equals_a_fresh_run(
@@ -170,7 +166,6 @@ def test_training_again_after_stopping_in_the_middle_of_an_update_equals_a_fresh
     assert_same_bits(trainer.model, weights(fresh.model))
 
 
-@slow_unless(index=[0])
 @all_methods_and_scopes
 @not_the_last_micro_batch
 def test_an_epoch_that_stops_in_the_middle_of_an_update_goes_on_as_in_a_plain_trainer(
