@@ -215,7 +215,7 @@ def test_of_the_best_model_the_measures_are_its_own(tmp_path):
     assert "sharpness/best_loss" in callback_of(trainer).model_card_section(tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # its workers take PyTorch 5 s each to end
 def test_with_persistent_workers_the_trainer_evaluates_its_own_data_and_the_callback_others():
     other = examples(16, seed=9)
     losses, seen = [], []
@@ -236,7 +236,6 @@ def test_with_persistent_workers_the_trainer_evaluates_its_own_data_and_the_call
     assert seen == [pytest.approx(Objective(trainer.model, rows).value(), rel=1e-10)]
 
 
-@pytest.mark.slow
 def test_trainers_of_trl_log_what_they_would(tmp_path):
     pytest.importorskip("trl")
     from text_trainers import TRL, build
