@@ -11,6 +11,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+from ..config.file import is_missing_path
+
 # Ends of the names of architectures, and of transformers' auto classes for them.
 _IMAGES, _SEQUENCES, _LANGUAGE = _TASKS = (
     "ForImageClassification",
@@ -31,9 +33,7 @@ def require(requirement: str, *modules: str) -> None:
 
 def check_path(name: str, kind: str = "folder") -> None:
     """Raise a ValueError if a name is a path, so not one on the Hub, and does not exist."""
-    has_parent = "/" in name and Path(name).parent.exists()
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or has_parent
-    if is_path and not Path(name).exists():
+    if is_missing_path(name):
         raise ValueError(f"there is no {kind} {name!r}")
 
 

@@ -22,6 +22,14 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def is_missing_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a folder that does not exist, and not one on the Hub."""
+    text, path = os.fspath(name), Path(name)
+    has_parent = "/" in text and path.parent.exists()
+    is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or has_parent
+    return is_path and not path.exists()
+
+
 def read_options(
     name_or_path: str | os.PathLike[str], known: Collection[str], **hub: Any
 ) -> tuple[dict[str, Any], str]:
@@ -39,6 +47,8 @@ def read_options(
         ValueError: the file is not a JSON object, or has an unknown key.
     """
     try:
+        if is_missing_path(name_or_path):
+            raise FileNotFoundError("there is no such folder")  # the Hub would be asked for long
         file = cached_file(name_or_path, SAM_CONFIG_NAME, **hub)
     except OSError as error:
         raise FileNotFoundError(

@@ -31,30 +31,25 @@ class LossCalls:
         self._trainer, self._own = trainer, vars(trainer)
         self.inputs = InputKeeper()
         self.loss_scale = LossScaleCheck()
-        self.end_pass()
         self._before: dict[str, Any] = {}
+        self._hooks: dict[str, Any] = {}
+        self.unhook()
         self._hooks = {"compute_loss": self._on_call, "_prepare_inputs": self._on_inputs}
         self._hooks |= policy_recorders(trainer, lambda: self.latest)
 
-    def end_pass(self) -> None:
-        """Let calls through to the trainer. It may be called again."""
-        self.record: Callable[[Any, Any], Any] | None = None  # takes a call's arguments in a pass
-        self.latest: KeptInputs | None = None  # of the latest call in that pass
-        self.repeated: KeptInputs | None = None  # of the call that is repeated
-        self.is_running = False  # a recorded call, so that calls from within it are parts of it
-
     def hook(self) -> None:
-        """Put the hooks in the place of the trainer's methods, unless they are there."""
-        if self._own.get("compute_loss") is self._hooks["compute_loss"]:
-            return
-        self.unhook()
+        """Put the hooks in the place of the trainer's methods, which may change between steps."""
         self._compute_loss = self._trainer.compute_loss
         self._prepare_inputs = self._trainer._prepare_inputs
         self._before = {name: self._own[name] for name in self._hooks if name in self._own}
         self._own.update(self._hooks)
 
     def unhook(self) -> None:
-        """Put the methods back, but not in the place of those that others have set since."""
+        """Put the methods back. It may be called again."""
+        self.record: Callable[[Any, Any], Any] | None = None  # takes a call's arguments in a pass
+        self.latest: KeptInputs | None = None  # of the latest call in that pass
+        self.repeated: KeptInputs | None = None  # of the call that is repeated
+        self.is_running = False  # a recorded call, so that calls from within it are parts of it
         for name, hook in self._hooks.items():
             if self._own.get(name) is hook:
                 if name in self._before:

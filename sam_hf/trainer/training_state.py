@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from collections.abc import Callable
@@ -93,7 +92,6 @@ class TrainingState:
         self._flos_are_due = False
         self._flos_of = trainer.floating_point_ops
         self._patches = ExitStack()
-        self._patches.callback(self.calls.unhook)
         self._patches.enter_context(patched(trainer, floating_point_ops=self._count_flos))
         if is_watched and layout.hides_gradients:
             self._patches.callback(model.register_forward_hook(self._refuse_hidden).remove)
@@ -131,9 +129,13 @@ class TrainingState:
                 self.method_state.keep(update)
         self._flos_are_due = True
         rho = rho_at(config, update, total, share)
-        self.calls.hook()
         batch = TrainerMicroBatch(self, arguments, training_step, rho)
-        return call_and_restore(functools.partial(self.engine.step, batch), self.calls.end_pass)
+
+        def run() -> Tensor:
+            self.calls.hook()
+            return self.engine.step(batch)
+
+        return call_and_restore(run, self.calls.unhook)
 
     # ---- Counting and logging ----------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from common.training_utils import (
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from sam_hf.cli.models import check_path
+from sam_hf.config.file import is_missing_path
 from sam_hf.diagnostics import SharpnessCallback
 
 
@@ -49,8 +49,9 @@ def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
     Raises:
         InputError: there is none, or the model's head has another number of classes.
     """
+    if is_missing_path(args.model_name_or_path):
+        raise InputError(f"--model_name_or_path: there is no folder {args.model_name_or_path!r}")
     try:
-        check_path(args.model_name_or_path)  # the Hub would be asked for minutes
         return loader.from_pretrained(args.model_name_or_path, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason: object = error

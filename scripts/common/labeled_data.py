@@ -12,7 +12,7 @@ from common.script_utils import InputError, closest
 from common.shared_arguments import SourceArguments
 from sklearn.model_selection import train_test_split
 
-from sam_hf.cli.models import check_path
+from sam_hf.config.file import is_missing_path
 
 SPLIT_SEED = 0  # for what must be the same in every run, whatever its --seed
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -87,10 +87,8 @@ def load_sets(
     """
     if args.dataset_name is not None:
         name, config = args.dataset_name, args.dataset_config_name
-        try:
-            check_path(name)
-        except ValueError as error:
-            raise InputError(f"--dataset_name: {error}") from error
+        if is_missing_path(name):
+            raise InputError(f"--dataset_name: there is no folder {name!r}")
         splits = (args.train_split or "train", args.eval_split or "test")
         train, test = (load(f"--dataset_name {name}", name, config, split=s) for s in splits)
         return train, test

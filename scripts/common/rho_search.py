@@ -54,7 +54,7 @@ def search_rho(
         print(f"  {trials[-1]['sam_rho']:<8.4g}  {trials[-1][metric]:.4f}")
         best = max(trials, key=lambda trial: trial[metric])  # of equal ones the first, as Optuna
         found = {"best_sam_rho": best["sam_rho"], "trials": trials}
-        save_json(found, folder / "common.rho_search.json")  # now: the search may be interrupted
+        save_json(found, folder / "rho_search.json")  # now: the search may be interrupted
         return trials[-1][metric]
 
     print(f"search for sam_rho from {low:g} to {high:g}\n  sam_rho   {in_words(metric)}")

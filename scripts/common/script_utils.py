@@ -182,13 +182,7 @@ class OptionParser(HfArgumentParser):
         raise InputError(f"unknown option {option}{hint}; --help lists all options")
 
     def _read_yaml(self, file: str) -> dict[str, Any]:
-        try:
-            options = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not a text file"
-            raise InputError(f"cannot read the YAML file {file!r}: {reason}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{file} is not valid YAML: {error}") from error
+        options = read_yaml(file, "the YAML file")
         if options is None:
             return {}
         if not isinstance(options, dict):
@@ -259,6 +253,21 @@ class UniqueKeyLoader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"the key {twice!r} stands there twice")
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: str, what: str) -> Any:
+    """The content of a YAML file.
+
+    Args:
+        what: the option that names the file, for the error.
+    """
+    try:
+        return yaml.load(Path(file).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not a text file"
+        raise InputError(f"{what} {file!r} cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{file} is not valid YAML: {error}") from error
 
 
 def closest(name: object, known: Any, prefix: str = "") -> str:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-import yaml
-from common.script_utils import InputError, UniqueKeyLoader, closest
+from common.script_utils import InputError, closest, read_yaml
 from compare import third_party_sam
 
 from sam_hf import SAMConfig
@@ -106,13 +104,7 @@ class RecipeBook:
         Raises:
             InputError: the file cannot be read, or does not hold what it should.
         """
-        try:
-            content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not a text file"
-            raise InputError(f"--recipes_file {file!r} cannot be read: {reason}") from error
-        except yaml.YAMLError as error:
-            raise InputError(f"{file} is not valid YAML: {error}") from error
+        content = read_yaml(file, "--recipes_file")
         if not isinstance(content, dict) or set(content) != {"recipes", "rho_grids"}:
             keys = list(content) if isinstance(content, dict) else content
             raise InputError(f"{file} must have the keys recipes and rho_grids, got {keys!r}")

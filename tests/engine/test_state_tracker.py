@@ -605,7 +605,7 @@ def test_of_a_very_long_list_no_copy_is_made_after_the_first_pass():
     both_passes(tracker, write, lambda: (len(owner.data), owner.rewritten[0]))
     assert (len(owner.data), owner.rewritten[0]) == (70_001, 1)
     tracker.capture()
-    assert lists_of(70_000) - before == 3  # one copy, of the one that is rewritten
+    assert lists_of(70_000) - before == 3  # both lists, and a copy of `rewritten`
 
 
 def lists_of(length):

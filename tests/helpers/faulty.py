@@ -181,7 +181,7 @@ class Snapshot:
     )  # no state of the trainer, as above
 
 
-_REPLACED_FOR_A_RUN = {"floating_point_ops", "compute_loss", "_prepare_inputs"}
+_REPLACED_FOR_A_RUN = {"floating_point_ops"}
 
 
 class _Watched:

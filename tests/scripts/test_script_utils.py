@@ -173,7 +173,7 @@ def test_bad_options_of_a_method_in_yaml_are_refused_in_one_line(tmp_path, text,
         (["--siz", "2"], "unknown option --siz (did you mean --size?)"),  # no abbreviations
         (["--size=x"], "invalid int value: 'x'"),
         (["--noise", "2"], "--noise must be at most 1, got 2.0"),
-        (["nowhere.yaml"], "cannot read the YAML file 'nowhere.yaml'"),
+        (["nowhere.yaml"], "the YAML file 'nowhere.yaml' cannot be read"),
         (["a.yaml", "b.yaml"], "unexpected argument 'b.yaml'"),
     ],
 )

@@ -220,3 +220,42 @@ def test_compute_loss_counts_the_batches_and_sees_w_plus_e_in_the_second_pass():
 def test_is_in_descent_pass_cannot_be_set(value):
     with pytest.raises(AttributeError):
         build(SAMTrainer).is_in_descent_pass = value
+
+
+# ---- `compute_loss` ------------------------------------------------------------------------------
+
+
+class DoubleLater(TrainerCallback):
+    """Wraps the `compute_loss` of the trainer after an update, so that the loss is doubled."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 1:
+            whole = self.trainer.compute_loss
+            self.trainer.compute_loss = lambda *args, **kwargs: 2 * whole(*args, **kwargs)
+
+
+@all_scopes
+def test_a_loss_function_that_a_callback_wraps_is_the_one_of_both_passes(scope):
+    runs = []
+    for trainer_class, options in (
+        (Trainer, {}),
+        (SAMTrainer, {"sam_config": SAMConfig(sam_rho=1e-9, sam_scope=scope)}),
+    ):
+        torch.manual_seed(0)
+        double = DoubleLater()
+        double.trainer = trainer = trainer_class(
+            model=MLP(),
+            args=arguments(max_steps=3),
+            train_dataset=examples(24),
+            callbacks=[double],
+            **options,
+        )
+        before = trainer.compute_loss
+        trainer.train()
+        assert trainer.compute_loss is not before and "compute_loss" in vars(trainer)
+        runs.append(weights(trainer.model))
+    for name, w in runs[0].items():
+        torch.testing.assert_close(runs[1][name], w, rtol=0, atol=1e-6)

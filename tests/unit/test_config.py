@@ -386,3 +386,20 @@ def test_options_changed_between_runs_hold_in_the_next_one_and_are_checked_again
     args.sam_rho = -1
     with pytest.raises(ValueError, match="sam_rho=-1"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "{existing}/nowhere"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("sam_hf.config.file.cached_file", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        SAMConfig.from_pretrained(name.format(existing=tmp_path))
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "org/model"])
+def test_a_name_that_may_be_one_on_the_hub_is_looked_for_there(name, monkeypatch):
+    def ask(name: str, *_: object, **__: object) -> None:
+        raise OSError(f"asked for {name}")
+
+    monkeypatch.setattr("sam_hf.config.file.cached_file", ask)
+    with pytest.raises(FileNotFoundError, match=f"asked for {name}"):
+        SAMConfig.from_pretrained(name)
