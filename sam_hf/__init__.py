@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # transformers imports its Trainer, and torch with it, on first access. So does this package:
 # `import sam_hf` is as quick as `import transformers`.
 _MODULES = {
+    "SAM": "loop",
     "SAMConfig": "config",
     "SAMTrainingArguments": "config",
     "SAMSeq2SeqTrainer": "trainer",
@@ -25,9 +26,11 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from .config import SAMConfig, SAMTrainingArguments
+    from .loop import SAM
     from .trainer import SAMSeq2SeqTrainer, SAMTrainer, SAMTrainerMixin, with_sam
 
 __all__ = [
+    "SAM",
     "SAMConfig",
     "SAMSeq2SeqTrainer",
     "SAMTrainer",

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from .ddp import DDPLayout
 from .deepspeed import DeepSpeedLayout
 from .fsdp2 import FSDP2Layout, reshard
-from .validation import validate_layout
+from .validation import validate_layout, validate_loop
 
-__all__ = ["DDPLayout", "layout_for", "reshard", "validate_layout"]
+__all__ = ["DDPLayout", "layout_for", "reshard", "validate_layout", "validate_loop"]
 
 
 def layout_for(trainer: Any, weights: Sequence[nn.Parameter]) -> DDPLayout:

@@ -43,6 +43,11 @@ class GradientCombiner:
         self._kept: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a part of the latest update's gradient waits for the optimizer step."""
+        return bool(self._pending)
+
     def close(self) -> None:
         self.discard()
         for hook in self._hooks:

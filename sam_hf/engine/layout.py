@@ -47,6 +47,11 @@ class Layout:
         self.has_half_weights = any(w.dtype in HALF and w.requires_grad for w in weights)
         self.grads_live_in_buffers = is_compiled  # captured graphs reuse memory
 
+    @property
+    def device_type(self) -> str:
+        """Type of the device of the perturbed parameters, such as 'cuda'."""
+        return self._device.type
+
     def ascent(self, scope_is_micro_batch: bool, some: Weights = ()) -> Context:
         """Context of a pass at w. Computes the gradients of `some` parameters only; empty for all.
 

@@ -74,8 +74,6 @@ class MethodStateCheckpoint:
                 )
             warnings.warn(f"{folder} holds no {path.name}: {restarts}", stacklevel=2)
             return
-        local = self._layout.local(list(self._parameters.values()))
-        weights = dict(zip(self._parameters, local, strict=True))
         with safe_open(path, "pt") as file:
             writer = (file.metadata() or {}).get("sam_method")
             if writer != self._method:
@@ -83,14 +81,28 @@ class MethodStateCheckpoint:
                     f"{path} was written with sam_method={writer!r}: {restarts}", stacklevel=2
                 )
                 return
+            state: State = {}
             for key in file.keys():  # noqa: SIM118 - not a dictionary
                 slot, name = key.split("/", 1)
-                tensor, weight = file.get_tensor(key), weights.get(name)
+                state.setdefault(slot, {})[name] = file.get_tensor(key)
+            self.set(state, f"{path}: ")
+
+    def set(self, state: State, origin: str = "") -> None:
+        """Replace the state, each tensor copied to the device of its parameter.
+
+        ValueError for a tensor that fits no parameter.
+        """
+        local = self._layout.local(list(self._parameters.values()))
+        weights = dict(zip(self._parameters, local, strict=True))
+        self.state.clear()
+        for slot, tensors in state.items():
+            for name, tensor in tensors.items():
+                weight = weights.get(name)
                 if tensor.ndim and (weight is None or weight.shape != tensor.shape):
                     raise ValueError(
-                        f"{path}: {key} has the shape {tuple(tensor.shape)}, which is not that of "
-                        "a parameter of this model in this layout. Resume with the model and the "
-                        "layout that wrote it, or remove the file to start with an empty state."
+                        f"{origin}{slot}/{name} has the shape {tuple(tensor.shape)}, which is not "
+                        "that of a parameter of this model in this layout. Resume with the model "
+                        "and the layout that wrote it, or remove the file to start empty."
                     )
                 device = (weight if weight is not None else local[0]).device
                 # A copy: memory-mapped tensors are not aligned, and sums over them differ in order.

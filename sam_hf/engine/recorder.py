@@ -125,9 +125,10 @@ class KeptInputs:
     def _tensor(self, value: Tensor, path: tuple[Any, ...]) -> Tensor:
         if value.grad_fn is not None:
             raise RuntimeError(
-                f"compute_loss was given a tensor of shape {tuple(value.shape)} that was computed "
+                f"The loss function reads a tensor of shape {tuple(value.shape)} that was computed "
                 "with gradients before the call. The second pass could not compute it again. "
-                "Compute it in compute_loss, or set sam_rho=0."
+                "Compute it in the loss function (compute_loss, or the closure of sam.backward), "
+                "detach it if it is a constant, or set sam_rho=0."
             )
         if not value.is_inference():  # PyTorch does not count what is written into those
             self.shared.append((path, value, value._version))

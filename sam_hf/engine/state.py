@@ -256,7 +256,7 @@ class StateTracker:
 
     def _search(self) -> None:
         """Follow what was put into attributes and containers since the latest search."""
-        if self._is_searching:  # an interrupt has hit that one
+        if self._is_searching or not self._ids:  # an interrupt has hit that one; the first one
             self._walk()
         self._is_searching = True
         known = len(self._ids)

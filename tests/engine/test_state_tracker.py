@@ -482,6 +482,20 @@ def test_a_generator_of_its_own_draws_the_same_in_both_passes(generator, where):
     assert len({tuple(x) for x in drawn}) == 3
 
 
+def test_what_an_owner_gets_between_the_tracker_and_the_first_pass_is_tracked_in_that_pass():
+    owner = Bag()
+    tracker = StateTracker([owner])
+    owner.teacher, owner.counts = nn.BatchNorm1d(3), [0]
+
+    def write():
+        owner.teacher(torch.randn(4, 3))
+        owner.counts[0] += 1
+
+    for number in (1, 2):
+        both_passes(tracker, write, lambda: int(owner.teacher.num_batches_tracked))
+        assert (int(owner.teacher.num_batches_tracked), owner.counts) == (number, [number])
+
+
 @pytest.mark.parametrize("make", [torch.zeros, np.zeros], ids=["tensor", "array"])
 @pytest.mark.parametrize("where", ["attribute", "dictionary", "list"])
 def test_what_a_pass_makes_new_is_tracked_from_then_on(make, where):

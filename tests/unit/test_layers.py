@@ -21,7 +21,7 @@ ALLOWED = {
     "methods": set(),
     "config": {"methods"},
     "engine": {"config", "methods"},
-    "distributed": {"engine", "methods"},
+    "distributed": {"config", "engine", "methods"},
     "hub": {"config", "engine", "methods"},
     "trainer": {"engine", "distributed", "hub", "config", "methods"},
     "diagnostics": {"trainer", "engine", "distributed", "hub", "config", "methods"},

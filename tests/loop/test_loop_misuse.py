@@ -1,0 +1,157 @@
+"""What a loop with `SAM` may get wrong: one clear error each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loops import new_accelerator
+from tiny import Classifier, examples
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
+
+from sam_hf import SAM, SAMConfig
+
+BATCH = default_collate(examples(6).rows)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def new(**options) -> tuple[nn.Module, torch.optim.Optimizer, SAM]:
+    model = Classifier()
+    optimizer = sgd(model)
+    return model, optimizer, SAM(model, optimizer, SAMConfig(**options))
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m: SAM(m.parameters(), sgd(m)), TypeError, "takes the model, got parameters"),
+        (lambda m: SAM(list(m.parameters()), sgd(m)), TypeError, "takes the model, got parameters"),
+        (lambda m: SAM(m, torch.optim.SGD), TypeError, "an optimizer that was made"),
+        (lambda m: SAM(m, sgd(m), 0.05), TypeError, "config=0.05 is not allowed"),
+        (lambda m: SAM(m, sgd(Classifier())), ValueError, "steps no parameter of the model"),
+        (lambda m: SAM(m, NeedsClosure(m.parameters())), ValueError, "evaluates the loss itself"),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_start_ratio=0.5)),
+            ValueError,
+            "sam_start_ratio=0.5 depends on the length of the run. Pass total_steps=",
+        ),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_rho_schedule="cosine")),
+            ValueError,
+            "sam_rho_schedule='cosine' depends",
+        ),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_trigger="gradient_norm")),
+            ValueError,
+            "sam_trigger='gradient_norm' depends",
+        ),
+        (lambda m: SAM(m, sgd(m), total_steps=0), ValueError, "total_steps=0 is not allowed"),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_ascent_fraction=0.5)),
+            ValueError,
+            "sam_ascent_fraction=0.5 leaves out whole micro-batches",
+        ),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_method="bilora")),
+            ValueError,
+            "only SAMTrainer does",
+        ),
+        (
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_params="nothing")),
+            ValueError,
+            "sam_params='nothing' selects no trainable parameter",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_it_is_made(make, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        make(Classifier())
+
+
+def closures(model):
+    hidden = model.first(BATCH["x"])
+    loader = iter(DataLoader(examples(6), batch_size=2))
+    generator = (row for row in examples(6))
+    return {
+        "a loss": (model(**BATCH)["loss"], TypeError, "takes a function .* got a Tensor"),
+        "none": (lambda: None, TypeError, "returned nothing"),
+        "no loss": (lambda: model(BATCH["x"])["logits"].sum, TypeError, "returned a builtin"),
+        "a dict": (lambda: {"losses": 1}, TypeError, "returned a dict"),
+        "a vector": (lambda: model(**BATCH)["logits"], ValueError, r"of shape \(6, 3\)"),
+        "detached": (lambda: model(**BATCH)["loss"].detach(), ValueError, "without a graph"),
+        "a graph": (lambda: model.second(hidden).sum(), RuntimeError, "computed with gradients"),
+        "a loader": (lambda: model(**next(loader))["loss"], RuntimeError, "reads from 'loader'"),
+        "a generator": (lambda: model(**next(generator))["loss"], RuntimeError, "'generator'"),
+    }
+
+
+@pytest.mark.parametrize("name", closures(Classifier()))
+def test_a_closure_that_cannot_be_replayed_is_told_and_costs_nothing(name):
+    model, optimizer, sam = new()
+    before = [p.detach().clone() for p in model.parameters()]
+    closure, error, message = closures(model)[name]
+    with pytest.raises(error, match=message):
+        sam.backward(closure)
+    optimizer.zero_grad()
+    sam.backward(lambda: model(**BATCH)["loss"])
+    for p, w in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, w)
+
+
+def test_gradients_that_are_disabled_are_told():
+    model, _, sam = new()
+    with torch.no_grad(), pytest.raises(ValueError, match="gradients are disabled"):
+        sam.backward(lambda: model(**BATCH)["loss"])
+
+
+def test_a_step_in_the_middle_of_an_update_is_refused():
+    model, optimizer, sam = new()
+    sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+    with pytest.raises(RuntimeError, match="after 1 micro-batches of an update that is not"):
+        optimizer.step()
+    sam.backward(lambda: model(**BATCH)["loss"])
+    optimizer.step()
+
+
+def test_two_updates_without_a_step_keep_both_gradients():
+    model, _, sam = new(sam_rho=1e-9)
+    for _ in range(2):
+        sam.backward(lambda: model(**BATCH)["loss"])
+    total = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(**BATCH)["loss"].backward()
+    expected = [2 * p.grad for p in model.parameters()]
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-6)
+
+
+def test_two_updates_without_a_step_are_refused_where_that_loses_gradient():
+    model, optimizer, sam = new(sam_method="wsam")
+    sam.backward(lambda: model(**BATCH)["loss"])
+    with pytest.raises(RuntimeError, match=r"before optimizer.step\(\)"):
+        sam.backward(lambda: model(**BATCH)["loss"])
+    optimizer.step()
+    sam.backward(lambda: model(**BATCH)["loss"])
+
+
+def test_with_an_accelerator_end_of_update_is_refused():
+    accelerator, model = new_accelerator(), Classifier()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    sam = SAM(model, optimizer, accelerator=accelerator)
+    with pytest.raises(ValueError, match="end_of_update=False has no effect"):
+        sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+
+
+def test_gradients_that_are_changed_between_micro_batches_are_told():
+    model, _, sam = new()
+    sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    with pytest.raises(RuntimeError, match="Gradients were changed between two micro-batches"):
+        sam.backward(lambda: model(**BATCH)["loss"])
