@@ -47,6 +47,17 @@ def test_too_few_iterations_show_in_the_residual():
     nearest = (values - few.values[0]).abs().min().item()
     assert nearest <= few.residuals[0] and few.residuals[0] > 0.01
     assert few.iterations == 2
+    v = flat(few.vectors[0])
+    residual = (model.h @ v - few.values[0] * v).norm().item()
+    assert few.residuals[0] == pytest.approx(residual, rel=1e-6)
+
+
+def test_the_trace_of_a_diagonal_hessian_is_exact():
+    # z'Hz is the sum over h_ii z_i², and all z_i² are 1.
+    model = Quadratic()
+    model.h = torch.diag(model.values)
+    trace = hessian_trace(Objective(model, nothing(), products="exact"), samples=2)
+    assert trace.value == pytest.approx(28.0, rel=1e-12) and trace.error < 1e-12
 
 
 def test_by_hand_the_valley_of_a_b_equal_to_1_is_as_sharp_as_its_point_is_uneven():

@@ -88,6 +88,17 @@ PARTLY_USED = {
     for used in ("by turns", "random", "torch")
     for k in (1, 3)
 }
+# A process that perturbs nothing has the whole gradient after its first pass. Where the others
+# reduce in their second pass, it must run one too, or they wait for it.
+PARTLY_USED |= {
+    f"micro_batch-wrapped-{k}{'-each' if each else ''}": {
+        "kind": "wrapped",
+        "used": "random",
+        "sam": {"sam_rho": TINY_RHO, "sam_params": "norms", "sam_scope": "micro_batch"},
+        "args": {"gradient_accumulation_steps": k, **UNUSED, **each},
+    }
+    for k, each in ((1, {}), (3, {}), (3, EACH))
+}
 CASES = PENALISED | OTHERS | PARTLY_USED
 REFUSED = {
     f"{name}-{k}": penalised(sam, k)

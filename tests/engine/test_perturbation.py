@@ -86,3 +86,20 @@ def test_a_second_restore_does_nothing_and_the_copy_is_gone():
     weights[0].fill_(5.0)
     perturbation.restore()
     assert torch.equal(weights[0], torch.full((3,), 5.0)) and perturbation.saved is None
+
+
+def test_an_autocast_region_of_the_caller_computes_with_the_weights_that_are_there():
+    # Within a region the casts of weights that require a gradient are kept.
+    (w,) = parameters((4, 8))
+    x = torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = nn.functional.linear(x, w)
+        perturbation = Perturbation([w.detach()])
+        with torch.no_grad():
+            perturbation.apply([torch.ones_like(w)], 0.5)
+        between = nn.functional.linear(x, w)
+        perturbation.restore()
+        after = nn.functional.linear(x, w)
+    rise = 0.5 * x.sum(1, keepdim=True).expand(2, 4)
+    torch.testing.assert_close((between - before).float(), rise, rtol=0.05, atol=0.1)
+    assert torch.equal(after, before)

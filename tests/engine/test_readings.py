@@ -9,7 +9,7 @@ from reference_asam import asam_step
 from reference_sam import sam_step
 from tiny import CLASSES, Classifier, Rows, examples, sam_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTForImageClassification
 from twin_runs import collate, loss_of
 
 from sam_hf import SAMTrainer
@@ -261,9 +261,33 @@ def test_a_log_call_inside_compute_loss_is_made_once():
             self.log({"mine": 1.0})
             return loss
 
-    trainer = sam_trainer(Classifier(), examples(8), Logs, max_steps=2)
+    class Reports(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(logs)
+
+    # The history is put back after the second pass: what a callback has reported is not.
+    reported = []
+    options = {"max_steps": 2, "trainer_kwargs": {"callbacks": [Reports()]}}
+    trainer = sam_trainer(Classifier(), examples(8), Logs, **options)
     trainer.train()
-    assert sum("mine" in entry for entry in trainer.state.log_history) == 2
+    for logs in (trainer.state.log_history, reported):
+        assert sum("mine" in entry for entry in logs) == 2
+
+
+def test_losses_in_half_precision_are_summed_in_full_precision():
+    class Notes(SAMTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            losses[self.is_in_descent_pass].append(loss.item())
+            return loss
+
+    losses = {False: [], True: []}
+    model, data = Classifier(dtype=torch.bfloat16), examples(16, dtype=torch.bfloat16)
+    options = {"gradient_accumulation_steps": 4, "learning_rate": 0.0, "max_steps": 1}
+    trainer = sam_trainer(model, data, Notes, sam={"sam_rho": RHO}, **options)
+    trainer.train()
+    at_w, at_e = (sum(values) / 4 for values in losses.values())
+    assert trainer.state.log_history[0]["sam_sharpness"] == pytest.approx(at_e - at_w, rel=1e-5)
 
 
 def test_the_grad_norms_of_fp16_are_those_without_the_loss_scale():

@@ -281,3 +281,23 @@ def test_a_fraction_that_rounds_up_to_all_examples_is_the_full_run_to_the_last_b
         trainer, _, _ = trained(Classifier(dropout=0.3), examples(16), options, max_steps=4)
         runs.append(trainer)
     assert_same_run(*runs)
+
+
+def test_the_sharpness_does_not_depend_on_how_many_micro_batches_the_ascent_leaves_out():
+    rows = examples(4).rows
+    readings = []
+    for fraction in (1.0, 0.5, 0.25):
+        torch.manual_seed(0)
+        trainer = sam_trainer(
+            Classifier(),
+            Rows(rows * 4),  # so that all micro-batches have one loss
+            with_sam(WholeBatches),
+            sam={"sam_rho": RHO, "sam_ascent_fraction": fraction},
+            gradient_accumulation_steps=4,
+            max_steps=1,
+        )
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert log["sam_passes_per_update"] == 1 + fraction
+        readings.append(log["sam_sharpness"])
+    assert readings[1:] == pytest.approx([readings[0]] * 2, rel=1e-6) and readings[0] > 1e-3

@@ -24,6 +24,8 @@ from torch.testing import assert_close
 from transformers import TrainerCallback, set_seed, trainer_jit_checkpoint
 from twin_runs import optimizer_state
 
+from sam_hf import SAMConfig
+from sam_hf.distributed import DDPLayout
 from sam_hf.engine import method_state
 
 UPDATES, STEPS, FILE = 7, 2, "sam_state.safetensors"
@@ -196,6 +198,25 @@ def test_a_state_of_another_number_of_processes_is_refused_in_one_line(tmp_path)
     with pytest.raises(ValueError, match=message) as e:
         build(CASES["vasso"]).train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("scope", "written"), [("batch", []), ("micro_batch", ["sam_state_1-of-2.safetensors"])]
+)
+def test_under_ddp_a_process_with_an_e_of_its_own_writes_a_state_of_its_own(
+    scope, written, tmp_path
+):
+    accelerator: Any = SimpleNamespace(
+        num_processes=2, process_index=1, device=torch.device("cpu"), ddp_handler=None
+    )
+    model = torch.nn.Linear(2, 2)
+    layout = DDPLayout(list(model.parameters()), model, model, accelerator)
+    config = SAMConfig(sam_method="vasso", sam_scope=scope)
+    state = method_state.MethodStateCheckpoint(
+        config, config.build_method(), layout, dict(model.named_parameters())
+    )
+    state.save(tmp_path, 0, is_writer=False)
+    assert [file.name for file in tmp_path.iterdir()] == written
 
 
 def test_a_full_disk_leaves_the_file_of_before(tmp_path, monkeypatch):

@@ -145,6 +145,49 @@ def test_reentrant_checkpointing_beside_deepspeed_raises_at_construction():
     build(0.1, model=model, trainer_class=says, match="use_reentrant=True", **checkpointing)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("sam", "match"),
+    [
+        ({"sam_method": "msam"}, "sam_method='msam' perturbs along the optimizer's momentum"),
+        ({"sam_method": "gsam"}, "sam_method='gsam' combines the gradients"),
+        ({"sam_method": "looksam"}, "sam_method='looksam' combines the gradients"),
+        ({"sam_method": "wsam"}, "sam_method='wsam' combines the gradients"),
+        ({"sam_method": "bar"}, "sam_method='bar' acts at the optimizer step"),
+        ({"sam_method": "bilora"}, "sam_method='bilora' acts at the optimizer step"),
+        ({"sam_trigger": "gradient_norm"}, "sam_trigger steps with the gradient of the ascent"),
+    ],
+)
+def test_a_method_from_which_deepspeed_hides_what_it_needs_raises_at_construction(
+    sam, match, stage
+):
+    trainer_class = with_accelerator(deepspeed(stage))
+    with pytest.raises(ValueError, match=f"{match}.*Use DDP or FSDP2.*or another method"):
+        sam_trainer(Classifier(), examples(8), trainer_class, sam={"sam_rho": 0.1, **sam})
+
+
+def fsdp2(trainer: Any) -> None:
+    trainer.is_fsdp_enabled = True
+    plugin = SimpleNamespace(fsdp_version=2)
+    trainer.accelerator = Proxy(trainer.accelerator, state=SimpleNamespace(fsdp_plugin=plugin))
+
+
+@pytest.mark.parametrize("how", ["fsdp", "loaded"])
+@pytest.mark.parametrize("method", ["bar", "bilora"])
+def test_a_method_that_needs_whole_adapters_raises_at_construction_where_they_are_sharded(
+    method, how
+):
+    model, trainer_class = Classifier(), SAMTrainer
+    if how == "fsdp":
+        trainer_class = with_accelerator(fsdp2)
+    else:
+        model.is_distributed_loading_by_transformers = True
+        model.config = PreTrainedConfig(distributed_config=SimpleNamespace(tp_size=2))
+    match = f"sam_method='{method}' needs whole adapters.*with DDP.*sam_rho=0"
+    with pytest.raises(ValueError, match=match):
+        sam_trainer(model, examples(8), trainer_class, sam={"sam_rho": 0.1, "sam_method": method})
+
+
 @LEFT_OFF
 def test_sagemaker_model_parallelism_raises_at_construction(rho, monkeypatch):
     monkeypatch.setattr(validation, "is_sagemaker_mp_enabled", lambda: True)
