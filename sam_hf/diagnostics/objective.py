@@ -25,6 +25,9 @@ Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: mean loss over the examples of the batch, a scalar tensor."""
 
 PRODUCTS = ("auto", "exact", "differences")
+# Work in units of a forward-backward pass. A backward pass costs about two forward passes, and an
+# exact Hessian-vector product differentiates a forward-backward pass, at about the same cost again.
+FORWARD_WORK, PRODUCT_WORK = 1 / 3, 2.0
 # Central differences that change by more than this share when their step is halved are unreliable.
 _MAX_STEP_SENSITIVITY = 0.2
 
@@ -60,6 +63,8 @@ class Objective:
         batch_sizes: number of examples in each batch of this process.
         common_batch_size: the most common batch size, that of rank 0 on all processes.
         common_batch_count: number of batches of that size, of all processes.
+        on_batch: called after each batch of this process with its work, in forward-backward passes
+            times examples: a forward pass counts as 1/3, an exact Hessian-vector product as 2.
 
     Raises:
         ValueError: the weights are sharded or in half precision, `batches` is empty, `params`
@@ -96,6 +101,7 @@ class Objective:
         self._epsilon = torch.finfo(self.weights[0].dtype).eps
         self._has_warned = False
         self._loss = loss or _loss_of_model
+        self.on_batch: Callable[[float], object] = lambda work: None
         self.is_distributed = processes.is_distributed()
         with preserved_random_state(self._device):  # a shuffling loader draws a global seed
             self._set_batches(list(batches))
@@ -118,7 +124,7 @@ class Objective:
         """Loss L(w). Cost: one forward pass over the examples."""
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         with deterministic_evaluation(self.model, self._device), torch.no_grad():
-            for share, batch in self._weighted_batches():
+            for share, batch in self._weighted_batches(FORWARD_WORK):
                 loss += share * self._loss(self.model, batch).double()
         return processes.total(float(loss.item()), self._device)
 
@@ -178,7 +184,7 @@ class Objective:
 
         # Of the attention kernels, only the math one can be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
-            return self._mean(product)
+            return self._mean(product, PRODUCT_WORK)
 
     def _difference_product(self, vector: Sequence[Tensor]) -> tuple[list[Tensor], float]:
         """Product by central differences, and its relative change when their step is halved."""
@@ -245,16 +251,17 @@ class Objective:
         own = content_hash([self.model.state_dict(), self.batches])
         return f"{int(processes.total(int(own[:12], 16), self._device)):x}"
 
-    def _weighted_batches(self) -> Iterator[tuple[float, Any]]:
+    def _weighted_batches(self, work: float = 1.0) -> Iterator[tuple[float, Any]]:
         """Yield each batch on the model's device, with its share of all examples."""
         for size, batch in zip(self.batch_sizes, self.batches, strict=True):
             yield size / self.example_count, processes.to_device(batch, self._device)
+            self.on_batch(work * size)
 
-    def _mean(self, function: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    def _mean(self, function: Callable[[Tensor], list[Tensor]], work: float = 1.0) -> list[Tensor]:
         """Mean over the examples of what a function computes from the loss of each batch."""
         mean = [torch.zeros_like(w) for w in self.weights]
         with deterministic_evaluation(self.model, self._device):
-            for share, batch in self._weighted_batches():
+            for share, batch in self._weighted_batches(work):
                 values = function(self._loss(self.model, batch))
                 torch._foreach_add_(mean, values, alpha=share)
         processes.sum_over_processes_(mean)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .gradients import gradient_noise, perturbation_budget
 from .hessian import hessian_trace, top_eigenpairs
 from .numerics import check_count
-from .objective import Objective
+from .objective import FORWARD_WORK, PRODUCT_WORK, Objective
 from .sharpness import Ball, average_sharpness, split_into_groups, worst_sharpness
 
 
@@ -60,6 +60,20 @@ class Plan:
         if self.adaptive:
             balls["adaptive_"] = Ball(self.adaptive_rho, adaptive=True, eta=self.eta)
         return balls
+
+    def passes(self, parameter_count: int) -> float:
+        """Cost of `measure` in forward-backward passes over the examples, at most.
+
+        A forward pass counts as 1/3, a Hessian-vector product as 2. The Lanczos method may converge
+        earlier. Products by central differences (see `Objective`) cost 4 instead.
+        """
+        forwards = (self.steps and self.steps + 1) + (self.samples and 2 * self.samples + 1)
+        of_ball = FORWARD_WORK * forwards + self.steps + self.budget
+        iterations = min(self.iterations, parameter_count) if self.eigenvalues else 0
+        products = iterations + self.trace_samples
+        check = 5 if products else 0  # of the first product, against differences
+        passes = FORWARD_WORK + len(self.balls()) * of_ball + PRODUCT_WORK * products + check
+        return passes + self.noise
 
 
 def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from curved import batches
 from real_models import bert, tokens
 from tiny import Classifier, Rows, assert_same_bits, examples, sam_trainer, weights
+from tqdm.auto import tqdm
 from transformers import Trainer, set_seed
 
 from sam_hf.diagnostics import Objective, Plan, SharpnessCallback, callback, measure
@@ -16,7 +19,7 @@ from sam_hf.diagnostics import Objective, Plan, SharpnessCallback, callback, mea
 QUICK = Plan(steps=2, samples=2, iterations=3, trace_samples=2)
 
 
-def trainer_of(every=None, sam=True, folder=None, plan=QUICK, **args):
+def trainer_of(every=None, sam=True, folder=None, plan=QUICK, max_share=None, **args):
     set_seed(0)
     options = {"max_steps": 6, "logging_steps": 2, **args}
     if folder is not None:
@@ -29,7 +32,8 @@ def trainer_of(every=None, sam=True, folder=None, plan=QUICK, **args):
         **options,
     )
     if every is not None:
-        trainer.add_callback(SharpnessCallback(trainer, every, plan=plan, examples=10))
+        options = {"plan": plan, "examples": 10, "max_share": max_share}
+        trainer.add_callback(SharpnessCallback(trainer, every, **options))
     return trainer
 
 
@@ -75,7 +79,8 @@ def bert_trainer(folder, every=2, **args):
     options = {"max_steps": 4, "output_dir": str(folder), **args}
     kwargs = {"eval_dataset": rows}
     trainer = sam_trainer(bert(), rows, trainer_kwargs=kwargs, **options)
-    trainer.add_callback(SharpnessCallback(trainer, every, plan=QUICK, examples=8))
+    options = {"plan": QUICK, "examples": 8, "max_share": None}
+    trainer.add_callback(SharpnessCallback(trainer, every, **options))
     return trainer
 
 
@@ -122,6 +127,9 @@ def test_misuse_is_refused_before_the_training():
     for options, said in (
         ({"every": -1}, "every=-1 is not allowed"),
         ({"examples": 0}, "examples=0 is not allowed"),
+        ({"max_share": 0}, "max_share=0 is not allowed. Allowed: None or a number > 0 and <= 1"),
+        ({"max_share": 1.5}, "max_share=1.5 is not allowed"),
+        ({"max_share": float("nan")}, "max_share=nan is not allowed"),
         (
             {"dataset": {"a": examples(4), "b": examples(4)}},
             r"on one dataset, got several \(a, b\): pass",
@@ -246,7 +254,8 @@ def test_trainers_of_trl_log_what_they_would(tmp_path):
         trainer = build(TRL["sft"], {"sam_rho": 0.05}, **args)
         if measured:
             data = trainer.train_dataset
-            trainer.add_callback(SharpnessCallback(trainer, 1, plan=QUICK, dataset=data))
+            options = {"plan": QUICK, "dataset": data, "max_share": None}
+            trainer.add_callback(SharpnessCallback(trainer, 1, **options))
         trainer.train()
         kept = [e for e in trainer.state.log_history if "sharpness/loss" not in e]
         return [
@@ -254,3 +263,190 @@ def test_trainers_of_trl_log_what_they_would(tmp_path):
         ]
 
     assert logs(True) == logs(False)
+
+
+# ---- Cost: the line at the start, the progress bar, the budget -------------------------------
+
+QUICK_PASSES = (
+    17 / 3 + 2 * 2 + 2 + 5 * 2 + 5 + 1
+)  # forwards, steps, budgets, products, check, noise
+ONE_FORWARD = Plan(steps=0, samples=0, eigenvalues=0, trace_samples=0, noise=False, budget=False)
+
+
+def test_the_cost_of_a_plan_is_that_of_its_measurement():
+    plans = {
+        QUICK: QUICK_PASSES,
+        dataclasses.replace(QUICK, adaptive=False, trace_samples=0, noise=False): 3 + 3 + 6 + 5,
+        dataclasses.replace(QUICK, m=8, steps=3, eigenvalues=0, budget=False): 19 / 3 + 6 + 4 + 6,
+        ONE_FORWARD: 1 / 3,
+    }
+    for plan, passes in plans.items():
+        objective, work = Objective(Classifier(), batches(examples(24), 8)), []
+        objective.on_batch = work.append
+        measure(objective, plan)
+        assert plan.passes(objective.parameter_count) == pytest.approx(passes)
+        assert sum(work) / 24 == pytest.approx(passes)
+    assert Plan().passes(1000) == pytest.approx(65 / 3 + 2 * 10 + 2 + 50 * 2 + 5 + 1)
+    assert Plan().passes(7) == pytest.approx(Plan().passes(1000) - 33 * 2)  # Lanczos ends
+
+
+def test_a_product_by_differences_costs_four_passes():
+    objective = Objective(Classifier(), batches(examples(24), 8), products="differences")
+    work = []
+    objective.on_batch = work.append
+    objective.hessian_product(objective.weights)
+    assert sum(work) == 4 * 24
+
+
+def test_a_line_at_the_start_states_passes_examples_and_seconds(monkeypatch, capsys):
+    clock = iter([0.0, 9.0, 10.0, 10.25])  # a slow first pass, then a quarter of a second
+    monkeypatch.setattr(callback, "time", SimpleNamespace(perf_counter=clock.__next__))
+    trainer_of(3, max_share=1.0, max_steps=12).train()
+    # 27.7 passes over 2 batches; they are the work of 443 examples, 12 SAM updates are that of 96
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sharpness: ")]
+    assert line == (
+        "sharpness: each measurement takes up to about 28 forward-backward passes over 16 "
+        "examples, 14 s; 0 of the 4 at multiples of every=3 fit in max_share=1 of the training's "
+        "work, the others are skipped (except at the end): change every, examples=10 or max_share "
+        "to have more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"every": 0}, "; planned at the end"),
+        ({"every": 2}, "; planned every 2 updates and at the end"),
+        ({"every": 2, "plan": ONE_FORWARD, "max_share": 1.0}, "; 3 of the 3 at multiples of "),
+    ],
+)
+def test_the_line_says_that_none_are_skipped(options, said, capsys):
+    trainer_of(**options).train()
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("sharpness: ")]
+    assert said in line and "skipped" not in line
+
+
+class Counting(Trainer):
+    calls = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.calls += 1
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_the_pass_that_is_timed_leaves_no_trace():
+    trainer = trainer_of(sam=False)
+    trainer.__class__ = Counting
+    options = {"plan": ONE_FORWARD, "examples": 10}
+    trainer.add_callback(SharpnessCallback(trainer, **options))
+    control = trainer.control
+    random_state = torch.get_rng_state()
+    callback_of(trainer).on_train_begin(trainer.args, trainer.state, control, model=trainer.model)
+    assert trainer.calls == 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.model.training
+
+
+def test_a_pass_that_cannot_be_timed_leaves_out_the_seconds(monkeypatch, capsys):
+    def fails(*args):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(Objective, "batch_gradients", fails)
+    trainer_of(0, plan=ONE_FORWARD).train()
+    assert "over 16 examples; planned" in capsys.readouterr().err
+
+
+class Bar(tqdm):
+    """A progress bar that remembers its kind."""
+
+    made: tuple = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        Bar.made += ((self, kwargs),)
+        self.updates = 0
+
+    def update(self, n=1):
+        self.updates += 1
+        return super().update(n)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(callback, "tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", ())
+    return lambda: Bar.made
+
+
+def test_a_progress_bar_follows_each_measurement_to_its_end(bars, capsys):
+    trainer_of(4, disable_tqdm=False).train()
+    assert len(bars()) == 2  # after updates 4 and 6
+    for (bar, options), update in zip(bars(), (4, 6), strict=True):
+        assert options["disable"] is False and options["leave"] is False
+        assert [bar.total, bar.n] == pytest.approx([QUICK_PASSES * 16] * 2)
+        # one for each of 2 batches: forwards, gradients, products
+        assert bar.updates == 2 * (17 + 6 + 5 + 5 + 1)
+        assert bar.desc.startswith(f"sharpness at update {update}")
+    shown = capsys.readouterr().err
+    assert "sharpness at update 4:   0%" in shown and "sharpness at update 4:  100%" not in shown
+
+
+def test_the_bar_ends_at_its_total_if_products_need_differences(bars, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no second derivative")
+
+    monkeypatch.setattr(Objective, "_exact_product", fails)
+    with pytest.warns(UserWarning, match="no second derivative"):
+        trainer_of(0, disable_tqdm=False).train()
+    ((bar, _),) = bars()
+    assert bar.n == pytest.approx(bar.total)
+
+
+def test_there_is_no_bar_without_tqdm_or_on_other_processes(bars):
+    trainer = trainer_of(2, plan=ONE_FORWARD, disable_tqdm=True, max_steps=2)
+    trainer.train()
+    trainer.args.disable_tqdm = False
+    state = dataclasses.replace(trainer.state, is_world_process_zero=False)
+    callback_of(trainer).on_step_end(trainer.args, state, trainer.control, model=trainer.model)
+    assert [options["disable"] for _, options in bars()] == [True, True]
+
+
+def measured_at(trainer) -> list[int]:
+    return [e["step"] for e in trainer.state.log_history if "sharpness/loss" in e]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # A measurement is a forward pass over 16 examples, 16/3; an update of 4 examples may add
+        # 0.45 * 4 = 1.8 to their sum, and twice as much with SAM.
+        ({"every": 1, "sam": False}, [3, 6, 7]),
+        ({"every": 2, "sam": False}, [4, 6, 7]),
+        ({"every": 1, "sam": False, "gradient_accumulation_steps": 2}, [2, 3, 5, 6, 7]),
+        ({"every": 1, "sam": True}, [2, 3, 5, 6, 7]),
+        ({"every": 7, "sam": False}, [7]),
+        ({"every": 1, "sam": False, "max_share": 0.01}, [7]),
+        ({"every": 1, "sam": False, "max_share": None}, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_measurements_beyond_the_share_of_the_trainings_work_are_skipped(options, expected):
+    trainer = trainer_of(**{"plan": ONE_FORWARD, "max_steps": 7, "max_share": 0.45, **options})
+    trainer.train()
+    assert measured_at(trainer) == expected
+
+
+def test_plain_updates_of_a_sam_training_are_counted_as_such():
+    trainer = trainer_of(1, plan=ONE_FORWARD, max_steps=7, max_share=0.45)
+    trainer.sam_config.sam_interval = 2  # 11 passes in 7 updates
+    trainer.train()
+    assert measured_at(trainer) == [2, 4, 6, 7]
+
+
+def test_a_resumed_run_skips_the_same_measurements(tmp_path):
+    options = {"folder": tmp_path, "save_strategy": "steps", "save_steps": 4, "max_steps": 7}
+    options |= {"plan": ONE_FORWARD, "max_share": 0.45}
+    trainer_of(1, **options).train()
+    resumed = trainer_of(1, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert measured_at(resumed) == [2, 3, 5, 6, 7]

@@ -55,7 +55,7 @@ def trained() -> list[dict]:
     set_seed(0)
     data = examples(N)
     trainer = sam_trainer(Classifier(), data, trainer_kwargs={"eval_dataset": data}, max_steps=2)
-    trainer.add_callback(SharpnessCallback(trainer, 1, plan=PLAN, examples=N))
+    trainer.add_callback(SharpnessCallback(trainer, 1, plan=PLAN, examples=N, max_share=None))
     trainer.train()
     return [
         {k: v for k, v in entry.items() if k.startswith("sharpness/")}
