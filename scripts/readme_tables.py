@@ -12,14 +12,12 @@ sharpness).
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
-from compare.measures_table import measures_table
-from compare.report import gain_table, main_table, make_rows
-from compare.results import finished_runs
+from compare.report import Comparison, gain_table, main_table, measures_table
+from compare.results import read_results
 
 ROOT = Path(__file__).parents[1]
 TABLES = {"main": main_table, "gain": gain_table, "measures": measures_table}
@@ -27,10 +25,10 @@ _PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(?:\|.*\n)*")
 
 
 def with_tables(text: str, folder: Path) -> str:
-    """The text with each table made anew.
+    """The text with each table made from its file.
 
     Raises:
-        ValueError: a mark names a file or a kind that there is not.
+        ValueError: a mark names no file or kind, or runs are missing.
     """
 
     def table(place: re.Match[str]) -> str:
@@ -41,12 +39,10 @@ def with_tables(text: str, folder: Path) -> str:
                 f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
                 f"must be one of {', '.join(TABLES)}"
             )
-        content, unfinished = finished_runs(json.loads(file.read_text("utf-8")), "sam")
-        rows, left_out = make_rows(content, None, "sam")
-        if left_out or unfinished:
-            first = (left_out + unfinished)[0]
-            raise ValueError(f"{file.name}: {first}: finish them, or take them out")
-        return f"{mark}{TABLES[kind](rows).strip()}\n"
+        comparison = Comparison(read_results(file), "sam")
+        if comparison.notes:
+            raise ValueError(f"{file.name}: {comparison.notes[0]}: finish them, or remove them")
+        return f"{mark}{TABLES[kind](comparison)}\n"
 
     return _PLACE.sub(table, text)
 

@@ -1,15 +1,15 @@
-"""Reinforcement learning with SAM: GRPO through TRL, with a rule as the reward.
+"""Reinforcement learning with SAM: TRL's GRPOTrainer, with a rule as the reward.
 
-The model continues random strings, and is rewarded with the share of digits in what it writes. An
-untrained one writes a digit about every fourth time.
+The model continues random strings, and the reward is the share of digits in what it writes: about a
+quarter for an untrained model. For another task, change `reward` and `make_prompts`.
 
 Examples:
     python scripts/train_grpo.py configs/grpo_digits.yaml
     python scripts/train_grpo.py configs/grpo_digits.yaml --sam_rho 0
     python scripts/train_grpo.py configs/grpo_digits.yaml --sam_scope micro_batch --seed 1
 
-The options may come from a YAML file, from the command line, or from both: the command line wins.
-For another task change `reward` and `make_prompts`.
+The options come from a YAML file, the command line, or both: the command line wins. Needs
+`pip install sam-hf[scripts,trl]`.
 """
 
 from __future__ import annotations
@@ -17,42 +17,21 @@ from __future__ import annotations
 import math
 import random
 import string
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
-import torch
-from common.experiment import (
-    build_trainer,
-    load_pretrained,
-    prepare,
-    publish,
-    show_results,
-    train_and_compare,
-)
-from common.script_utils import OptionParser, leave_for_missing_package, run_script
-from common.shared_arguments import ModelArguments, ScriptArguments, output_dir_field
-from common.training_utils import Run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from common.arguments import ModelArguments, ScriptArguments, check_range, option, output_dir_option
+from common.cli import OptionParser, run_script
+from trl import GRPOConfig
 
-from sam_hf import SAMConfig, with_sam
+from sam_hf import SAMConfig
 
-try:
-    from trl import GRPOConfig, GRPOTrainer
-except ImportError as error:
-    leave_for_missing_package(error, "trl")
+if TYPE_CHECKING:
+    from common.runs import Run
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHARACTERS = string.ascii_lowercase + string.digits
 PROMPT_LENGTH = 4
@@ -61,71 +40,29 @@ PAD, EOS = "<pad>", "<eos>"
 
 @dataclass
 class PromptArguments:
-    """How many prompts there are to learn from."""
+    """The number of prompts."""
 
     _argument_group_name = "data"
 
-    num_prompts: int = field(default=512, metadata={"help": "Random strings to train on."})
-    num_eval_prompts: int = field(
-        default=64, metadata={"help": "Other random strings, on which the reward is reported."}
+    num_prompts: int = option("Random strings to train on.", default=512)
+    num_eval_prompts: int = option(
+        "Other random strings, on which the reward is reported.", default=64
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_eval_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be 1 or more, got {getattr(self, name)}")
+        check_range(self, 1, math.inf, "num_prompts", "num_eval_prompts")
 
 
 @dataclass
 class TrainArguments(ScriptArguments, SAMConfig, GRPOConfig):
-    """The options of TRL's GRPOTrainer with those of SAM, and the comparison."""
+    """The options of TRL's GRPOTrainer, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_field("outputs/grpo", "tokenizer")
-    eval_on_start: bool = field(
-        default=True, metadata={"help": "Measure the reward before the training too."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"--beta must be 0 or more, got {self.beta}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"--temperature must be above 0, got {self.temperature}")
-
-
-def main(argv: list[str] | None = None) -> list[Run]:
-    """Parse the options, make prompts, model and trainer, train, evaluate, compare, push."""
-    parser = OptionParser((PromptArguments, ModelArguments, TrainArguments), __doc__)
-    prompt_args, model_args, training_args = parser.parse(argv)
-    resume_from = prepare(training_args, prompt_args)
-
-    prompts = make_prompts(prompt_args.num_prompts + prompt_args.num_eval_prompts)
-    set_seed(training_args.seed)
-    model, tokenizer = build_model(model_args, training_args.max_completion_length)
-    common: dict[str, Any] = {
-        "reward_funcs": reward,
-        "train_dataset": prompts.select(range(prompt_args.num_prompts)),
-        "eval_dataset": prompts.select(range(prompt_args.num_prompts, len(prompts))),
-        "processing_class": tokenizer,
-    }
-    trainer, runs = train_and_compare(
-        partial(build_trainer, with_sam(GRPOTrainer), **common),
-        model,
-        training_args,
-        resume_from,
-        metrics=("reward",),
-        details={"data_arguments": asdict(prompt_args), "model_arguments": asdict(model_args)},
-    )
-    show_results(trainer, runs, "GRPO for digits", "model, tokenizer")
-    if trainer.is_world_process_zero() and training_args.eval_on_start:
-        for run in runs:
-            print(f"{run.name}: mean reward {run.curve[0][1]:.3f} at first, {run.score:.3f} now")
-    publish(trainer, {"model_name": Path(training_args.output_dir).name, "tags": ["sam_hf"]})
-    return runs
+    output_dir: str = output_dir_option("outputs/grpo", "tokenizer")
+    eval_on_start: bool = option("Evaluate the reward before the training too.", default=True)
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """The share of each completion's characters that are digits; 0 for an empty one."""
+    """The share of digits among each completion's characters; 0 for an empty completion."""
     return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in completions]
 
 
@@ -139,29 +76,84 @@ def make_prompts(count: int) -> datasets.Dataset:
 
 
 def build_model(
-    args: ModelArguments, completion_length: int
+    args: ModelArguments, training_args: TrainArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; where none is named, a small Llama that writes characters."""
+    """The model and its tokenizer: a pretrained one, or a small Llama that writes characters.
+
+    Raises:
+        InputError: there is no such model, or the sizes do not fit together.
+    """
+    import transformers
+    from common.experiment import load_pretrained, new_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     if args.model_name_or_path is not None:
-        # fp32, whatever it is stored in: bf16 swallows the perturbation.
-        model = load_pretrained(AutoModelForCausalLM, args, dtype=torch.float32)
-        return model, load_pretrained(AutoTokenizer, args)
+        trust = {"trust_remote_code": training_args.trust_remote_code}
+        model = load_pretrained(transformers.AutoModelForCausalLM, args, **trust)
+        return model, load_pretrained(transformers.AutoTokenizer, args, **trust)
     vocabulary = {token: i for i, token in enumerate((PAD, EOS, *CHARACTERS))}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=characters, pad_token=PAD, eos_token=EOS, padding_side="left"
     )
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
         vocab_size=len(tokenizer),
-        max_position_embeddings=PROMPT_LENGTH + completion_length,
+        max_position_embeddings=PROMPT_LENGTH + training_args.max_completion_length,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **args.encoder_sizes(),
     )
-    return LlamaForCausalLM(config), tokenizer
+    # Derived from the other sizes, after --config_overrides has changed them.
+    config.head_dim = config.num_key_value_heads = None
+    return new_model(transformers.LlamaForCausalLM, config, args), tokenizer
+
+
+def main(argv: list[str] | None = None) -> list[Run]:
+    """Parse the options, make prompts, model and trainer, train, evaluate, save, push."""
+    parser = OptionParser((PromptArguments, ModelArguments, TrainArguments), __doc__)
+    prompt_args, model_args, training_args = parser.parse(argv)
+
+    # Not at the top: they take seconds to import, and `--help` does not need them.
+    from common.experiment import build_trainer, prepare, publish, train_and_compare
+    from transformers import set_seed
+    from trl import GRPOTrainer
+
+    from sam_hf import with_sam
+
+    resume_from = prepare(training_args, prompt_args)
+
+    prompts = make_prompts(prompt_args.num_prompts + prompt_args.num_eval_prompts)
+    set_seed(training_args.seed)
+    model, tokenizer = build_model(model_args, training_args)
+    build = partial(
+        build_trainer,
+        with_sam(GRPOTrainer),
+        reward_funcs=reward,
+        train_dataset=prompts.select(range(prompt_args.num_prompts)),
+        eval_dataset=prompts.select(range(prompt_args.num_prompts, len(prompts))),
+        processing_class=tokenizer,
+    )
+    trainer, runs = train_and_compare(
+        build,
+        model,
+        training_args,
+        resume_from,
+        ["reward"],
+        title="GRPO for digits",
+        data_args=prompt_args,
+        details={"model_arguments": asdict(model_args)},
+    )
+    if training_args.eval_on_start and trainer.is_world_process_zero():
+        for run in runs:
+            print(f"{run.name}: mean reward {run.curve[0][1]:.3f} at first, {run.score:.3f} now")
+    publish(trainer, model_name=Path(training_args.output_dir).name, tags=["sam_hf"])
+    return runs
 
 
 if __name__ == "__main__":

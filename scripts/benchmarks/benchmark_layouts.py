@@ -1,4 +1,4 @@
-"""What an update costs where several processes share the work: its time, and what it sends."""
+"""Time and communication of an update that several processes share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,17 +34,15 @@ _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives, and the bytes of what they gather or reduce, while it is entered.
+    """Counts collectives and the bytes of the whole tensors that they gather or reduce.
 
-    All of them come by here, under any backend: those of DDP's reducer, which is written in C++,
-    and those that FSDP2 and DeepSpeed call. The bytes are those of the whole tensors, before a
-    process takes its shard or after it has all of them.
+    All are dispatched, under any backend: those of DDP's reducer, which is written in C++, and
+    those that FSDP2 and DeepSpeed call.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, int] = {}
-        self.bytes: dict[str, int] = {}
+        self.calls, self.bytes = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -53,14 +52,13 @@ class CollectiveCounter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         space, name = func.name().split(".")[0].split("::")
         if space in ("c10d", "_c10d_functional") and (kind := _kind(name)) is not None:
-            whole = max(_nbytes(part) for part in (*args, result))
-            self.calls[kind] = self.calls.get(kind, 0) + 1
-            self.bytes[kind] = self.bytes.get(kind, 0) + whole
+            self.calls[kind] += 1
+            self.bytes[kind] += max(_nbytes(part) for part in (*args, result))
         return result
 
     def sent(self, processes: int) -> float:
         """The bytes that each of so many processes would send over a ring."""
-        twice = self.bytes.get("all_reduce", 0)  # to all, by way of the shards
+        twice = self.bytes["all_reduce"]  # to all, by way of the shards
         return (sum(self.bytes.values()) + twice) * (processes - 1) / processes
 
 
@@ -135,13 +133,8 @@ def run_rows(
 ) -> dict[str, dict[str, Any]]:
     """Train one row after the other, there and back, so that no row has the best half alone.
 
-    Each has its own model: hooks of a layout stay on the parameters.
-
-    Args:
-        names: the rows.
-        options: the arguments of the benchmark.
-        model: builds the model.
-        trainer: builds the trainer of a row, from its name, the model and training arguments.
+    `model` builds a model for each row, since hooks of a layout stay on the parameters; `trainer`
+    builds a row's trainer from its name, the model and training arguments.
     """
     rows: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in names}
     turns = [options.rounds - options.rounds // 2, options.rounds // 2]

@@ -1,66 +1,56 @@
-"""How long a SAM update takes, and how much memory, beside what it can be compared with.
+"""Time and memory of a SAM update, compared with plain training and hand-written SAM.
 
     python scripts/benchmarks/benchmark_step.py  # 40M parameters, on the CPU
     python scripts/benchmarks/benchmark_step.py --device cuda --dtype bf16 --batch_size 32
     python scripts/benchmarks/benchmark_step.py --model bert-base-uncased --output_json bert.json
     python scripts/benchmarks/benchmark_step.py --layout ddp --processes 2  # starts them itself
     python scripts/benchmarks/benchmark_step.py --device cuda --steady  # no pause between updates
-    python scripts/benchmarks/benchmark_step.py --host  # what SAM costs the host
+    python scripts/benchmarks/benchmark_step.py --host  # Python and dispatch overhead
 
 Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
-optimizer step, clearing the gradients; not the loading of data and the writing of logs. All share
-one model and one optimizer. They take turns in an order that is drawn anew in every round, so that
-whatever else the machine does falls on all of them.
+optimizer step, clearing the gradients. All share one model and one optimizer, and take turns in an
+order that is drawn again in every round.
 
     plain                one pass
     two passes           two passes and nothing between them: the floor for SAM
     hand-written         two passes, and for each parameter norm, clone, add, copy back
     hand-written, swap   the same, with the copy put in the parameter's place (`p.data = w`)
     sam, sam logged, ... SAMTrainer. "logged": an update whose readings (the cosine of g and g_s and
-                         others) will be logged. With logging_steps=10 it is one update in ten.
+                         others) will be logged: one in ten with logging_steps=10
 
-    ms                   the median over the rounds; the column beside it is the distance between
-                         the quartiles. If it is large beside the differences, other work disturbed
-                         the run: take more --rounds
+    ms                   the median over the rounds, followed by the interquartile range. If that is
+                         large, other work disturbed the run: take more --rounds
     / two passes         ratio of the medians: what SAM costs beyond its two passes
     / hand-written       ratio of the medians: 1 and below is no slower than by hand
     extra MiB            peak memory over that of the plain row, counted in bytes of tensors
     x perturbed          the same in units of the bytes of the parameters that the row perturbs
 
 By default, a turn is a train() of one update, timed from its first micro-batch to its cleared
-gradients, and a GPU is synchronised at both ends. With --steady, a turn is a train() of many
-updates. The time is the mean per update after a warm-up, including the loading of data; a GPU is
-synchronised only before the first and after the last of these updates, so that the host can run
-ahead of it as in a real run.
+gradients, and a GPU is synchronised at both ends. With --steady, it is a train() of many updates:
+the mean time per update after a warm-up, including the loading of data. A GPU is synchronised only
+at the ends of this window, so that the host can run ahead as in a real run.
 
-With --host, tiny models are trained on one CPU thread, where the arithmetic costs next to nothing
-and the time is that of Python and of dispatching the operators. The optimizer is SGD, without
-clipping. All rows of all models take turns as with --steady. Columns, in microseconds of process
-time per update (median over the rounds):
+With --host, tiny models are trained as with --steady on one CPU thread, by SGD without clipping:
+the time is that of Python and of dispatching the operators. The trainers of one model hold two long
+lists of numbers, which should make no difference. "own loop" has no Trainer, and `sam_hf.SAM`
+instead of SAMTrainer. In microseconds of process time per update:
 
-    plain, two passes            as above
-    hand-written - two passes    cost of a hand-written SAM beyond its two passes: gradient norm,
-                                 copy of the weights, perturbation and restoration by multi-tensor
-                                 operations, and torch's random state replayed
+    hand-written - two passes    a SAM of multi-tensor operations beyond its two passes: gradient
+                                 norm, copy, perturbation and restoration of the weights, and
+                                 torch's random state replayed
     sam - two passes             the same of SAMTrainer
     ratio                        of these two; at most 2.0 is the goal
-    launches beyond the passes   operators that an update of SAMTrainer dispatches in addition to
-                                 those of an update of two passes. A multi-tensor operator counts
-                                 once, so that the number should not grow with that of the tensors
-
-The trainers of the last model hold two lists of numbers, such as a history of losses, of 60,000 and
-of 1,000,000. They should make no difference.
+    whole                        ratio of whole updates, passes and optimizer step included; at most
+                                 1.5 is the goal for loops
+    launches beyond the passes   operators that SAMTrainer dispatches in addition to those of two
+                                 passes, a multi-tensor operator counted once
 
 With a --layout other than "one", each process trains one row after the other, there and back, each
-with a model and an optimizer of its own. The loops written by hand are left out. Then:
+with a model and an optimizer of its own, without the hand-written loops. Then:
 
-    all_reduce, ...      how many of these collectives an update calls, x the bytes (in MiB) of what
-                         they gather or reduce in all. Counted in one update, from its first pass to
-                         its cleared gradients, not computed
-    calls / pass         the number of all collectives divided by that of the passes (plain: one;
-                         the others: two). SAM's should be at most that of the plain row
-    sent MiB             what each process then sends over a ring
-    / plain              the same in units of the plain row
+    all_reduce, ...      calls of this collective in an update, x the MiB that they gather or reduce
+    calls / pass         calls of all collectives per pass. SAM's should be at most the plain row's
+    sent MiB, / plain    what each process then sends over a ring, and in units of the plain row
     extra MiB            on a GPU alone
 """
 
@@ -93,6 +83,7 @@ from benchmark_utils import (
     HostClock,
     LaunchCounter,
     LinearStack,
+    Loop,
     MultiTensorTrainer,
     OneUpdate,
     TwoPassTrainer,
@@ -102,6 +93,7 @@ from benchmark_utils import (
     peak_memory,
     random_examples,
 )
+from torch.utils.data import default_collate
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging
 
@@ -138,98 +130,68 @@ HOST_OPTIONS = ("host", "rounds", "updates", "threads", "output_json")
 STEADY_UPDATES, HOST_UPDATES = 20, 60
 
 
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class BenchmarkArguments:
-    model: str = field(
-        default="transformer-40m",
-        metadata={"help": f"{' or '.join(BUILT_IN)} (built in), or a model's name or folder."},
+    model: str = option(
+        "transformer-40m", f"{' or '.join(BUILT_IN)} (built in), or a model's name or folder."
     )
-    batch_size: int = field(
-        default=8, metadata={"help": "Examples in a micro-batch, in each process."}
+    batch_size: int = option(8, "Examples in a micro-batch, in each process.")
+    accumulation_steps: int = option(1, "Micro-batches in an update.")
+    sequence_length: int = option(128, "Tokens in an example. Images have their model's size.")
+    rounds: int = option(15, "How many times every row takes its turn.")
+    steady: bool = option(False, "Time many updates at a stretch, not each of them.")
+    host: bool = option(
+        False, f"The table of host costs. Its options: {', '.join(HOST_OPTIONS[1:])}."
     )
-    accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches in an update."})
-    sequence_length: int = field(
-        default=128, metadata={"help": "Tokens in an example. Images have their model's size."}
-    )
-    rounds: int = field(default=15, metadata={"help": "How many times every row takes its turn."})
-    steady: bool = field(
-        default=False, metadata={"help": "Time many updates at a stretch, not each of them."}
-    )
-    host: bool = field(
-        default=False,
-        metadata={"help": f"The table of host costs. Its options: {', '.join(HOST_OPTIONS[1:])}."},
-    )
-    updates: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Updates in a turn of --steady (default: {STEADY_UPDATES}) or --host "
-            f"(default: {HOST_UPDATES})."
-        },
+    updates: int | None = option(
+        None, f"Updates in a turn: {STEADY_UPDATES} with --steady, {HOST_UPDATES} with --host."
     )
     rows: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Only these, of {list(ROWS)}. The first two are always there."},
+        default=None, metadata={"help": f"Only these and the first two of {', '.join(ROWS)}."}
     )
-    layout: Literal["one", "ddp", "fsdp2", "zero1", "zero2"] = field(
-        default="one", metadata={"help": "One process, or how several share the work."}
+    layout: Literal["one", "ddp", "fsdp2", "zero1", "zero2"] = option(
+        "one", "One process, or how several share the work."
     )
-    processes: int = field(default=2, metadata={"help": "How many, in the other layouts."})
-    dtype: Literal["fp32", "bf16", "fp16"] = field(
-        default="fp32",
-        metadata={"help": "What is computed in (autocast, fp32 weights; fp16: scaled on a GPU)."},
+    processes: int = option(2, "How many, in the other layouts.")
+    dtype: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "What is computed in (autocast, fp32 weights; fp16: scaled on a GPU)."
     )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
-    torch_compile_backend: str = field(default="inductor", metadata={"help": "With what."})
-    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where to run."})
-    threads: int | None = field(default=None, metadata={"help": "CPU threads; default: torch's."})
-    imports: int = field(
-        default=5, metadata={"help": "How many times the imports are measured; 0: not at all."}
-    )
-    output_json: str | None = field(
-        default=None, metadata={"help": "File for the table and every single time in it."}
-    )
+    torch_compile: bool = option(False, "Compile the model.")
+    torch_compile_backend: str = option("inductor", "Compiler.")
+    device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
+    threads: int | None = option(None, "CPU threads; default: torch's.")
+    imports: int = option(5, "How many times the imports are measured; 0: not at all.")
+    output_json: str | None = option(None, "File for the table and every single time in it.")
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "accumulation_steps", "sequence_length", "rounds", "threads")
-        for name in (*positive, "processes", "updates"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not allowed. Allowed: 1 and more.")
-        if self.imports < 0:
-            raise ValueError(f"imports={self.imports} is not allowed. Allowed: 0 and more.")
-        unused = [
-            f.name
-            for f in fields(self)
-            if f.name not in HOST_OPTIONS and getattr(self, f.name) != f.default
-        ]
-        if self.host and unused:
-            raise ValueError(
-                f"host=True does not use {', '.join(unused)}. Its options: "
-                f"{', '.join(HOST_OPTIONS[1:])}."
-            )
+        for name in (*positive, "processes", "updates", "imports"):
+            value, least = getattr(self, name), 0 if name == "imports" else 1
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} is not allowed. Allowed: {least} and more.")
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.host and (unused := ", ".join(sorted(given.difference(HOST_OPTIONS)))):
+            raise ValueError(f"host=True does not use {unused}, but {', '.join(HOST_OPTIONS[1:])}.")
         if self.steady and self.layout != "one":
             raise ValueError(f"steady=True is not allowed with layout={self.layout!r}.")
-        if self.updates is None:
-            self.updates = HOST_UPDATES if self.host else STEADY_UPDATES if self.steady else None
-        elif not (self.host or self.steady):
+        if self.updates is not None and not (self.host or self.steady):
             raise ValueError(f"updates={self.updates} needs --steady or --host.")
+        if self.updates is None and (self.host or self.steady):
+            self.updates = HOST_UPDATES if self.host else STEADY_UPDATES
         allowed = list(ROWS) if self.layout == "one" else IN_LAYOUTS
         if unknown := [row for row in self.rows or [] if row not in allowed]:
-            raise ValueError(
-                f"rows={unknown} is not allowed with layout={self.layout!r}. "
-                f"Allowed: {', '.join(allowed)}."
-            )
+            raise ValueError(f"rows={unknown} with layout={self.layout!r}: choose of {allowed}.")
         gpus = torch.cuda.device_count() if self.device == "cuda" else None
         if gpus is not None and self.layout == "one" and gpus != 1:
-            raise ValueError(
-                f"device='cuda' needs one visible GPU, and here are {gpus}. "
-                "Set CUDA_VISIBLE_DEVICES to one of them, or choose --device cpu."
-            )
+            many = "set CUDA_VISIBLE_DEVICES to one, or choose --device cpu"
+            raise ValueError(f"device='cuda' needs one visible GPU, and here are {gpus}: {many}.")
         if gpus is not None and self.layout != "one" and gpus < self.processes:
-            raise ValueError(
-                f"processes={self.processes} with device='cuda' needs as many GPUs, and here are "
-                f"{gpus}. Choose fewer --processes, or --device cpu."
-            )
+            few = f"and here are {gpus}: choose fewer, or --device cpu"
+            raise ValueError(f"processes={self.processes} need as many GPUs, {few}.")
         if self.layout.startswith("zero") and find_spec("deepspeed") is None:
             raise ValueError(f"layout={self.layout!r} needs DeepSpeed: pip install deepspeed.")
         if self.output_json and not Path(self.output_json).absolute().parent.is_dir():
@@ -238,11 +200,7 @@ class BenchmarkArguments:
 
 def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
     """Measure. Returns {"rows": {name: {...}}, "parameters": ..., "imports": ...}."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    model = build_model(options.model, options.sequence_length)
-    examples = examples_for(model, options)
+    model, examples = model_and_examples(options)
     names = [name for name in ROWS if name in (PLAIN, FLOOR) or name in (options.rows or ROWS)]
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -263,25 +221,36 @@ def benchmark(options: BenchmarkArguments) -> dict[str, Any]:
         row["seconds"] = seconds[name]
         row["perturbed_bytes"] = sum(p.numel() * p.element_size() for p in perturbed)
         row["extra_bytes"] = row["peak_bytes"] - rows[PLAIN]["peak_bytes"]
-        row["median_ms"] = 1e3 * statistics.median(seconds[name])
+    return summary(options, model, rows) | {"imports": import_seconds(options.imports)}
+
+
+def summary(
+    options: BenchmarkArguments, model: torch.nn.Module, rows: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    for row in rows.values():
+        row["median_ms"] = 1e3 * statistics.median(row["seconds"])
     return {
         "options": asdict(options),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "inputs": model.main_input_name,
         "rows": rows,
-        "imports": import_seconds(options.imports) if options.imports else {},
+        "imports": {},
     }
 
 
-def examples_for(
-    model: torch.nn.Module, options: BenchmarkArguments
-) -> list[dict[str, torch.Tensor]]:
-    """Two updates' examples, as `two_updates` wants, repeated as often as a turn needs them."""
+def model_and_examples(
+    options: BenchmarkArguments,
+) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """The model, and two updates' examples for `two_updates`, repeated as a turn needs them."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    model = build_model(options.model, options.sequence_length)
     processes = 1 if options.layout == "one" else options.processes
     count = 2 * options.batch_size * options.accumulation_steps * processes
     repeats = math.ceil(updates_in_a_turn(options) / 2)
-    return random_examples(model, count, options.sequence_length) * repeats
+    return model, random_examples(model, count, options.sequence_length) * repeats
 
 
 def benchmark_host(options: BenchmarkArguments) -> dict[str, Any]:
@@ -294,21 +263,20 @@ def benchmark_host(options: BenchmarkArguments) -> dict[str, Any]:
         for name, (layers, has_batch_norm, lengths) in HOST_MODELS.items():
             for row in HOST_ROWS:
                 model = LinearStack(layers, has_batch_norm)
-                trainer = build_trainer(
-                    row,
-                    options,
-                    model,
-                    model.examples(updates * options.batch_size),
-                    folder,
-                    None,
-                    HOST_ROWS,
-                    optim="sgd",
-                    max_grad_norm=0.0,
-                )
+                examples = model.examples(updates * options.batch_size)
+                given = (row, options, model, examples, folder, None, HOST_ROWS)
+                trainer = build_trainer(*given, optim="sgd", max_grad_norm=0.0)
                 for length in lengths:
                     setattr(trainer, f"history_{length}", list(range(length)))
                 trainers[name, row] = trainer
                 launches[name, row] = count_launches(trainer)
+                if lengths:
+                    continue
+                size, loop = options.batch_size, f"{name}, own loop"
+                model = copy.deepcopy(model)
+                rows = [examples[i : i + size] for i in range(0, len(examples), size)]
+                trainers[loop, row] = Loop(row, model, list(map(default_collate, rows)))
+                launches[loop, row] = count_launches(trainers[loop, row])
         seconds = take_turns(trainers, options.rounds, HostClock, updates)
     return {
         "options": asdict(options),
@@ -318,7 +286,7 @@ def benchmark_host(options: BenchmarkArguments) -> dict[str, Any]:
                 "seconds": {row: seconds[name, row] for row in HOST_ROWS},
                 "launches": {row: launches[name, row] for row in HOST_ROWS},
             }
-            for name in HOST_MODELS
+            for name in dict.fromkeys(name for name, _ in trainers)
         },
     }
 
@@ -336,30 +304,16 @@ def count_launches(trainer: Trainer) -> int:
 
 def benchmark_layout(options: BenchmarkArguments) -> dict[str, Any]:
     """Measure in each of the processes. Returns what `benchmark` does."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     chosen = options.rows or ["sam", "sam, micro_batch"]
     names = [name for name in IN_LAYOUTS if name in (PLAIN, FLOOR) or name in chosen]
-    torch.manual_seed(0)
-    first = build_model(options.model, options.sequence_length)
-    examples = examples_for(first, options)
-
+    first, examples = model_and_examples(options)
     with tempfile.TemporaryDirectory() as folder:
 
         def trainer(name: str, model: torch.nn.Module, **more: Any) -> Trainer:
             return build_trainer(name, options, model, examples, folder, None, **more)
 
         rows = run_rows(names, options, lambda: copy.deepcopy(first), trainer)
-    for row in rows.values():
-        row["median_ms"] = 1e3 * statistics.median(row["seconds"])
-    return {
-        "options": asdict(options),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in first.parameters()),
-        "inputs": first.main_input_name,
-        "rows": rows,
-        "imports": {},
-    }
+    return summary(options, first, rows)
 
 
 def build_trainer(

@@ -59,9 +59,10 @@ def host_table(result: dict[str, Any]) -> str:
         by_hand, sam = us[BY_HAND] - us[FLOOR], us["sam"] - us[FLOOR]
         launches = model["launches"]["sam"] - model["launches"][FLOOR]
         times = [f"{number:.0f}" for number in (us[PLAIN], us[FLOOR], by_hand, sam)]
-        lines.append([name, *times, f"{sam / by_hand:.2f}", str(launches)])
+        ratios = [f"{sam / by_hand:.2f}", f"{us['sam'] / us[BY_HAND]:.2f}"]
+        lines.append([name, *times, *ratios, str(launches)])
     beyond = [f"{row} - {FLOOR}" for row in (BY_HAND, "sam")]
-    header = ["model", PLAIN, FLOOR, *beyond, "ratio", "launches beyond the passes"]
+    header = ["model", PLAIN, FLOOR, *beyond, "ratio", "whole", "launches beyond the passes"]
     title = (
         f"host time per update in microseconds: cpu, {result['threads']} threads, "
         f"{options['rounds']} rounds of {options['updates']} updates"

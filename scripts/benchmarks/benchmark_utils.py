@@ -1,4 +1,4 @@
-"""What `benchmark_step.py` measures with: the model, the trainers, the clock, the memory meter."""
+"""The models, trainers, clocks and memory meter of `benchmark_step.py`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    ViTConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig, Trainer, TrainerCallback, TrainerState
+
+from sam_hf import SAM
 
 BUILT_IN_POSITIONS = 512
 # Updates of a train() that are not measured: the first ones allocate, and after the first reduction
@@ -39,13 +30,15 @@ WARM_UP = 2
 
 def _gpt2(**sizes: int) -> PreTrainedConfig:
     # A small vocabulary, so that the blocks and not the output layer fill the time.
-    return GPT2Config(n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **sizes)
+    return transformers.GPT2Config(
+        n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **sizes
+    )
 
 
 BUILT_IN: dict[str, Callable[[], PreTrainedConfig]] = {
     "transformer-40m": lambda: _gpt2(n_embd=512, n_layer=12, n_head=8, vocab_size=4096),
     "transformer-tiny": lambda: _gpt2(n_embd=32, n_layer=2, n_head=2, vocab_size=64),
-    "decoder-1b": lambda: LlamaConfig(
+    "decoder-1b": lambda: transformers.LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
         intermediate_size=5632,
@@ -53,7 +46,7 @@ BUILT_IN: dict[str, Callable[[], PreTrainedConfig]] = {
         num_attention_heads=32,
         num_key_value_heads=4,
     ),
-    "vit-base": lambda: ViTConfig(num_labels=1000),
+    "vit-base": lambda: transformers.ViTConfig(num_labels=1000),
 }
 
 # ------------------------------------------------------------------------------- model and examples
@@ -62,34 +55,27 @@ BUILT_IN: dict[str, Callable[[], PreTrainedConfig]] = {
 def build_model(name: str, sequence_length: int) -> nn.Module:
     """A model of the architecture's kind (masked, causal, images, ...) with random weights.
 
-    The time of a step does not depend on the weights, so that nothing but the configuration of a
-    named model is read.
+    Only the configuration of a named model is read: the time of a step is independent of the
+    weights.
 
     Raises:
         ValueError: there is no such model, it reads neither text nor images, or the examples are
             too long.
     """
-    if name in BUILT_IN:
-        config = BUILT_IN[name]()
-    else:
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model={name!r} is neither built in ({', '.join(BUILT_IN)}) nor a model that "
-                f"transformers can load: {' '.join(str(error).split())[:200]}"
-            ) from error
+    try:
+        config = BUILT_IN[name]() if name in BUILT_IN else AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} is neither built in ({', '.join(BUILT_IN)}) nor a model that "
+            f"transformers can load: {' '.join(str(error).split())[:200]}"
+        ) from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ValueError(
             f"sequence_length={sequence_length} is too long: {name} has {positions} positions."
         )
-    for auto_class in (
-        AutoModelForSeq2SeqLM,
-        AutoModelForMaskedLM,
-        AutoModelForCausalLM,
-        AutoModelForImageClassification,
-    ):
+    for task in ("Seq2SeqLM", "MaskedLM", "CausalLM", "ImageClassification"):
+        auto_class = getattr(transformers, f"AutoModelFor{task}")
         if type(config) in auto_class._model_mapping:
             return auto_class.from_config(config)
     raise ValueError(
@@ -102,15 +88,9 @@ def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[
     """Random tokens that are to be predicted, or images of the model's size with random labels."""
     if model.main_input_name == "pixel_values":
         config = model.config
-        return [
-            {
-                "pixel_values": torch.randn(
-                    config.num_channels, config.image_size, config.image_size
-                ),
-                "labels": torch.randint(config.num_labels, ()),
-            }
-            for _ in range(count)
-        ]
+        shape = (config.num_channels, config.image_size, config.image_size)
+        images = (torch.randn(shape) for _ in range(count))
+        return [{"pixel_values": x, "labels": torch.randint(config.num_labels, ())} for x in images]
     vocabulary = model.config.get_text_config().vocab_size
     examples = []
     for _ in range(count):
@@ -122,7 +102,7 @@ def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[
 
 
 class LinearStack(nn.Module):
-    """So many linear layers, each followed by BatchNorm on request: tensors that cost no time."""
+    """Linear layers, optionally each with BatchNorm, whose arithmetic costs next to no time."""
 
     WIDTH = 8
     main_input_name = "inputs"
@@ -148,7 +128,7 @@ class LinearStack(nn.Module):
 
 
 class TwoPassTrainer(Trainer):
-    """Two plain passes an update and nothing between them: no SAM can be faster."""
+    """Two plain passes per update and nothing between them: the floor for SAM."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         if self.is_deepspeed_enabled:  # or it would step after the first pass too
@@ -192,8 +172,8 @@ class HandWrittenTrainer(Trainer):
 
 
 class HandWrittenSwapTrainer(HandWrittenTrainer):
-    """The same, but the parameter is pointed at its copy. Nothing is copied, and whoever holds the
-    parameter's old memory (flat buffers, shards, captured graphs) keeps w + e."""
+    """The same, but `p.data` is replaced by the copy. Whatever holds the old memory (flat buffers,
+    shards, captured graphs) keeps w + e."""
 
     def restore(self, params: list[nn.Parameter], old: list[Tensor]) -> None:
         for p, w in zip(params, old, strict=True):
@@ -201,8 +181,8 @@ class HandWrittenSwapTrainer(HandWrittenTrainer):
 
 
 class MultiTensorTrainer(HandWrittenTrainer):
-    """The same with multi-tensor operations and torch's random state replayed, so that both passes
-    draw the same dropout masks. The hand-written loop that is cheapest for the host."""
+    """The same with multi-tensor operations, the cheapest for the host, and the dropout masks of
+    the first pass replayed in the second."""
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         self._random_state = torch.get_rng_state()
@@ -281,6 +261,58 @@ class OneUpdate(TrainerCallback):
             self._context.__exit__(None, None, None)
 
 
+class Loop:
+    """A training loop without a Trainer, with the callbacks of one.
+
+    Args:
+        kind: "plain", "two passes", "hand-written" (as `MultiTensorTrainer`) or "sam".
+    """
+
+    rho, perturb, restore = 0.05, MultiTensorTrainer.perturb, MultiTensorTrainer.restore
+
+    def __init__(self, kind: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+        self.model, self.batches, self.args = model, batches, SimpleNamespace(max_steps=1)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+        self.sam = SAM(model, self.optimizer)
+        self.callbacks: list[TrainerCallback] = []
+        self.add_callback, self.remove_callback = self.callbacks.append, self.callbacks.remove
+        steps = {"plain": self._plain, "two passes": self._two, "hand-written": self._by_hand}
+        self._step = steps.get(kind, self._sam)
+
+    def train(self) -> None:
+        state = TrainerState(max_steps=self.args.max_steps)
+        for batch in self.batches[: state.max_steps]:
+            for callback in self.callbacks:
+                callback.on_step_begin(self.args, state, None)
+            self._step(batch)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            state.global_step += 1
+            for callback in self.callbacks:
+                callback.on_step_end(self.args, state, None)
+
+    def _plain(self, batch: dict[str, Tensor]) -> None:
+        self.model(**batch)["loss"].backward()
+
+    def _two(self, batch: dict[str, Tensor]) -> None:
+        self._plain(batch)
+        self.model.zero_grad()
+        self._plain(batch)
+
+    def _by_hand(self, batch: dict[str, Tensor]) -> None:
+        self._random_state = torch.get_rng_state()
+        self._plain(batch)
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        with torch.no_grad():
+            old = self.perturb(params)
+        self.model.zero_grad()
+        self._plain(batch)
+        self.restore(params, old)
+
+    def _sam(self, batch: dict[str, Tensor]) -> None:
+        self.sam.backward(lambda: self.model(**batch)["loss"])
+
+
 class LaunchCounter(TorchDispatchMode):
     """Counts the dispatched operators: on an accelerator, each is at least one kernel launch.
 
@@ -300,10 +332,10 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def peak_memory(work: Callable[[], object], model: nn.Module) -> int:
-    """The most bytes of tensors that `work` holds at a time, over what was held before it.
+    """Peak bytes of tensors during `work`, minus those held before it.
 
-    On a CPU the allocator's own events are added up. They are exact, where the size of the process
-    also tells of pages that the C library keeps.
+    On a CPU the allocator's own events are added up: the size of the process would include pages
+    that the C library keeps.
     """
     if next(model.parameters()).is_cuda:
         torch.cuda.synchronize()
@@ -341,19 +373,19 @@ _IMPORTS = {  # what is imported, and what must be there before
 def import_seconds(repeats: int) -> dict[str, tuple[float, float]]:
     """For each import: its seconds after its prerequisite, and those of the prerequisite."""
     medians = {}
-    for statement, prerequisite in _IMPORTS.items():
+    for statement, prerequisite in _IMPORTS.items() if repeats else ():
         program = (
             "import time\n"
             f"a = time.perf_counter(); {prerequisite}\n"
             f"b = time.perf_counter(); {statement}\n"
             "print(time.perf_counter() - b, b - a)"
         )
-        runs = []
-        for _ in range(repeats):
-            out = subprocess.run(
-                [sys.executable, "-c", program], capture_output=True, text=True, check=True
-            ).stdout
-            runs.append([float(number) for number in out.split()[-2:]])
+        command = [sys.executable, "-c", program]
+        outputs = (
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            for _ in range(repeats)
+        )
+        runs = [map(float, output.split()[-2:]) for output in outputs]
         added, before = (statistics.median(column) for column in zip(*runs, strict=True))
         medians[statement] = (added, before)
     return medians

@@ -12,8 +12,8 @@ in every update and perturbs all weights. Nothing overlaps in the seconds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 FP32, BF16, ADAM = 4, 2, 8  # bytes for each weight; Adam has two numbers in fp32
@@ -90,54 +90,37 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def formulas() -> str:
     """Bytes of the methods in each layout, read off the functions above."""
-    return table(
-        ("layout", "scope", "sent, bytes · P (N−1)/N", "held, bytes · P", "held if A > 1"),
-        [
-            (
-                layout,
-                "none (plain)" if method == "plain" else f"`{method}`",
-                _in_words(lambda a, b=layout, m=method: bytes_sent(b, m, 2.0, 2, a), "A"),
-                *(
-                    _in_words(
-                        lambda n, b=layout, m=method, a=a: bytes_held(
-                            b, m, 1.0, 1 / n if n else math.inf, a
-                        )
-                    )
-                    for a in (1, 2)
-                ),
-            )
-            for layout in LAYOUTS
-            for method in METHODS
-        ],
-    )
+    rows = []
+    for layout, method in itertools.product(LAYOUTS, METHODS):
+        sent = [bytes_sent(layout, method, 2.0, 2, a) for a in (0, 1)]
+        held = [[bytes_held(layout, method, 1.0, n, a) for n in (math.inf, 1)] for a in (1, 2)]
+        scope = "none (plain)" if method == "plain" else f"`{method}`"
+        in_words = [_in_words(*sent, "A"), *(_in_words(*values, "/ N") for values in held)]
+        rows.append((layout, scope, *in_words))
+    head = ("layout", "scope", "sent, bytes · P (N−1)/N", "held, bytes · P", "held if A > 1")
+    return table(head, rows)
 
 
-def _in_words(line: Callable[[int], float], slope: str = "/ N") -> str:
-    """`5 A + 3` for a function that is 5 x + 3."""
-    constant, rise = line(0), line(1) - line(0)
-    terms = [f"{rise:g} {slope}"] if rise else []
+def _in_words(constant: float, total: float, slope: str) -> str:
+    """`5 A + 3` for a line that is 3 at 0 and 8 at 1."""
+    terms = [f"{total - constant:g} {slope}"] if total != constant else []
     return " + ".join([*terms, f"{constant:g}"] if constant or not terms else terms)
 
 
 def numbers(given: Assumptions, every_layout: bool = False) -> str:
     """Seconds and GB for each size of model and number of GPUs."""
     rows = []
+    passes = given.micro_batches
     for name, (weights, needed) in SIZES.items():
-        for layout in LAYOUTS if every_layout else (needed,):
-            for gpus in GPUS:
-                speed = given.inside if gpus <= 8 else given.between
-                tokens = given.tokens * given.micro_batches
-                sent = [bytes_sent(layout, m, weights, gpus, given.micro_batches) for m in METHODS]
-                held = [bytes_held(layout, m, weights, gpus, given.micro_batches) for m in METHODS]
-                rows.append(
-                    (
-                        *(name, layout, str(gpus)),
-                        _cell([flops(m, weights, tokens) / given.tflops / 1e12 for m in METHODS]),
-                        _cell([x / speed / 1e9 for x in sent]),
-                        _cell([x / 1e9 for x in sent]),
-                        _cell([x / 1e9 for x in held]),
-                    )
-                )
+        computing = [flops(m, weights, given.tokens * passes) / given.tflops for m in METHODS]
+        layouts = LAYOUTS if every_layout else (needed,)
+        for layout, gpus in itertools.product(layouts, GPUS):
+            speed = given.inside if gpus <= 8 else given.between
+            sent = [bytes_sent(layout, m, weights, gpus, passes) / 1e9 for m in METHODS]
+            held = [bytes_held(layout, m, weights, gpus, passes) / 1e9 for m in METHODS]
+            sending = [x / speed for x in sent]
+            cells = map(_cell, ([x / 1e12 for x in computing], sending, sent, held))
+            rows.append((name, layout, str(gpus), *cells))
     head = ("P", "layout", "N", "computing, s", "sending, s", "sent, GB", "held, GB")
     return table(head, rows)
 

@@ -1,92 +1,107 @@
-"""The course of a training script: check, train, compare with plain training, save, publish."""
+"""The course of a training script: check, load, train, compare with plain training, publish."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.arguments import ClassifierArguments, ModelArguments, check_range
+from common.cli import InputError
 from common.resuming import checkpoint_to_resume, load_checkpoint_weights, write_settings
-from common.script_utils import InputError, check_training_arguments
-from common.shared_arguments import ClassifierArguments, ModelArguments, SharpnessArguments
-from common.training_utils import (
-    LayoutLine,
-    Run,
-    format_runs,
-    in_words,
-    plot_curves,
-    save_json,
-    train,
-)
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from common.runs import Run, format_runs, in_words, plot_curves, save_json, train
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from sam_hf.config.file import is_missing_path
 from sam_hf.diagnostics import SharpnessCallback
 
+# The Trainer accepts less, and fails later or trains nothing.
+_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size")
+_AT_LEAST_ONE += ("gradient_accumulation_steps",)
+_AT_LEAST_ZERO = ("dataloader_num_workers", "learning_rate", "weight_decay", "adam_epsilon", "seed")
+_AT_LEAST_ZERO += ("max_grad_norm",)
+
 
 def prepare(args: Any, data_args: Any) -> str | None:
-    """Check the training's options, set the threads, and say from which checkpoint to go on.
+    """Check the training's options, set the threads, and return the checkpoint to resume from.
 
     Raises:
-        InputError: an option has no effect here, or there is no such checkpoint, or it was made
-            with other options or other data.
+        InputError: an option has no effect here, or would let the evaluation data choose the
+            model; or there is no such checkpoint, or it was made with other options.
     """
-    check_training_arguments(args)
-    resume_from = checkpoint_to_resume(args, data_args)
+    try:
+        check_range(args, 1, math.inf, *_AT_LEAST_ONE)
+        check_range(args, 0, math.inf, *_AT_LEAST_ZERO)
+    except ValueError as error:
+        raise InputError(error) from error
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise InputError(f"--max_steps must be 1 or more, or -1 (epochs), got {args.max_steps}")
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"--num_train_epochs must be above 0, got {args.num_train_epochs}")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("--fp16 has no effect without a GPU: choose --bf16, or neither")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.world_size == 1:
+        raise InputError("several processes without a GPU each train alone: give --use_cpu")
+    if args.save_strategy == SaveStrategy.BEST or args.lr_scheduler_type == "reduce_lr_on_plateau":
+        raise InputError(
+            "--save_strategy best and --lr_scheduler_type reduce_lr_on_plateau would choose the "
+            "model on the test data"
+        )
+    no_effect = ("do_predict", "prediction_loss_only", "batch_eval_metrics", "label_names")
+    choosing = ("load_best_model_at_end", "metric_for_best_model")
+    for name in (*no_effect, *choosing):
+        if getattr(args, name):
+            why = "would choose the model on the test data" if name in choosing else "has no effect"
+            raise InputError(f"--{name} {why} in this script, which reports the final model")
     if args.torch_num_threads is not None:
         torch.set_num_threads(args.torch_num_threads)
-    return resume_from
+    return checkpoint_to_resume(args, data_args)
 
 
 def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
     """What `loader` makes of --model_name_or_path: a model, a tokenizer, an image processor.
 
+    Models are loaded in fp32, in which the optimizer's small steps are not rounded away.
+
     Raises:
         InputError: there is none, or the model's head has another number of classes.
     """
-    if is_missing_path(args.model_name_or_path):
-        raise InputError(f"--model_name_or_path: there is no folder {args.model_name_or_path!r}")
+    name = args.model_name_or_path
+    if is_missing_path(name):
+        raise InputError(f"--model_name_or_path: there is no folder {name!r}")
+    if hasattr(loader, "_model_mapping"):
+        options["dtype"] = torch.float32
+    if isinstance(args, ClassifierArguments) and "id2label" in options:
+        options["ignore_mismatched_sizes"] = args.ignore_mismatched_sizes
     try:
-        return loader.from_pretrained(args.model_name_or_path, **options)
+        return loader.from_pretrained(name, **options)
     except (OSError, ValueError, RuntimeError) as error:
         reason: object = error
         if "ignore_mismatched_sizes" in str(error):
-            reason = f"no head for {len(options['id2label'])} classes; see the report above. "
+            reason = f"its head is not one for {len(options['id2label'])} classes; "
             reason += "--ignore_mismatched_sizes gives it a new one"
-        raise InputError(f"--model_name_or_path {args.model_name_or_path!r}: {reason}") from error
+        raise InputError(f"--model_name_or_path {name!r}: {reason}") from error
 
 
-def load_classifier(loader: Any, args: ClassifierArguments, **config: Any) -> PreTrainedModel:
-    """The pretrained model, in fp32 whatever it is stored in: bf16 swallows the perturbation."""
-    model = load_pretrained(
-        loader,
-        args,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=args.ignore_mismatched_sizes,
-        **config,
-    )
-    _warn_of_other_classes(args, list(config.get("id2label", {}).values()))
-    return model
+def new_model(model_class: Any, config: Any, args: ModelArguments) -> PreTrainedModel:
+    """An untrained model of this configuration, changed by --config_overrides.
 
-
-def _warn_of_other_classes(args: ClassifierArguments, names: list[str]) -> None:
-    """A head with as many classes keeps its weights, whatever they were the weights of."""
-    before = load_pretrained(AutoConfig, args)
-    has_head = any("Classification" in name for name in before.architectures or [])
-    known = [name for _, name in sorted(before.id2label.items())]
-    is_named = known != [f"LABEL_{i}" for i in range(len(known))]
-    if has_head and is_named and len(known) == len(names) and known != names:
-        old, new = (", ".join(map(str, each[:5])) for each in (known, names))
-        warnings.warn(
-            f"--model_name_or_path {args.model_name_or_path!r}: its head was trained for the "
-            f"classes {old}, in this order, and goes on as that of {new}",
-            stacklevel=3,
-        )
+    Raises:
+        InputError: there is no such entry, or no such model can be made.
+    """
+    try:
+        config.update_from_string(args.config_overrides) if args.config_overrides else None
+        config.__post_init__()  # checks the values, and sets what depends on them
+        config.name_or_path = "."  # not a name: the model card then says "trained from scratch"
+        return model_class(config)
+    except (ArithmeticError, AssertionError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise InputError(f"--config_overrides {args.config_overrides!r}: {e}") from e
 
 
 def class_labels(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
@@ -95,7 +110,7 @@ def class_labels(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
 
 
 def build_trainer(trainer_class: type[Trainer], args: Any, **options: Any) -> Any:
-    """The trainer. It makes the Hub's repository too, if it is to push.
+    """The trainer, and with --push_to_hub the repository on the Hub.
 
     Raises:
         InputError: an option needs something that is not there: a package, a login, a connection;
@@ -105,15 +120,14 @@ def build_trainer(trainer_class: type[Trainer], args: Any, **options: Any) -> An
         trainer = trainer_class(args=args, **options)
     except (ImportError, ValueError, RuntimeError) as error:
         raise InputError(error) from error
-    except Exception as error:  # the Hub's client has no base class for what may go wrong
+    except Exception as error:  # the Hub's client has no base class for its errors
         if not args.push_to_hub:
             raise
         raise InputError(f"--push_to_hub: no repository can be made: {error}") from error
     if args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
         raise InputError(
-            f"--dataloader_drop_last leaves nothing of {len(trainer.train_dataset)} training "
-            f"examples in batches of {args.train_batch_size}, one for each of {args.world_size} "
-            "processes: choose a smaller --per_device_train_batch_size"
+            f"--dataloader_drop_last leaves no batch of {len(trainer.train_dataset)} examples: "
+            "choose a smaller --per_device_train_batch_size"
         )
     return trainer
 
@@ -122,9 +136,11 @@ def train_and_compare(
     build: Callable[..., Trainer],
     model: PreTrainedModel,
     args: Any,
-    resume_from: str | None = None,
-    metrics: Sequence[str] = ("accuracy",),
+    resume_from: str | None,
+    metrics: Sequence[str],
     *,
+    title: str,
+    data_args: Any,
     details: dict[str, Any],
     test_dataset: Any = None,
 ) -> tuple[Trainer, list[Run]]:
@@ -135,8 +151,8 @@ def train_and_compare(
     Args:
         build: makes the trainer of `args` and `model`.
         metrics: the names, without `eval_`, of what is reported; the first is what counts.
-        details: what `results.json` is to hold in addition to the runs and the training's options;
-            `data_arguments` among it.
+        title: of the table and of the picture.
+        details: what `results.json` holds in addition to the options and the runs.
         test_dataset: what the final models are evaluated on, if not the trainer's `eval_dataset`.
 
     Returns:
@@ -146,52 +162,58 @@ def train_and_compare(
     if resume_from is not None:
         load_checkpoint_weights(model, resume_from)
     trainer = build(args, model=model)
-    watch_sharpness(trainer, args)
+    _measure_sharpness(trainer, args)
     if trainer.is_world_process_zero():
-        print(f"{model.config.model_type}: {model.num_parameters():,} parameters")
-    trainer.add_callback(LayoutLine(trainer))
+        batch = trainer.get_total_train_batch_size(args)
+        print(
+            f"{model.config.model_type}: {model.num_parameters():,} parameters; "
+            f"{args.world_size} x {args.device.type}, {batch} examples an update"
+        )
     if resume_from is None:  # not earlier: a start that is refused leaves no file
-        write_settings(args, details["data_arguments"])
-    test = {"test_dataset": test_dataset}
-    runs = [train(trainer, method_name(args), resume_from, metrics, save=True, **test)]
-    _write_results(trainer, runs, details)
+        write_settings(args, data_args)
+    options = {
+        "data_arguments": dataclasses.asdict(data_args),
+        "training_arguments": args.to_dict(),
+    }
+    runs: list[Run] = []
+
+    def add(trainer: Trainer, args: Any, *options_of_run: Any) -> None:
+        runs.append(train(trainer, method_name(args), metrics, *options_of_run, test_dataset))
+        results = [dataclasses.asdict(run) | run.scores for run in runs]
+        if trainer.is_world_process_zero():
+            content = {**details, "runs": results, **options}
+            save_json(content, Path(output_dir) / "results.json")
+
+    output_dir = args.output_dir
+    add(trainer, args, resume_from, True)
     if initial_model is not None:
-        plain_args = plain_arguments(args, runs[0], trainer.state.global_step)
+        plain_args = _plain_arguments(args, runs[0], trainer.state.global_step)
         plain_trainer = build(plain_args, model=initial_model)
-        watch_sharpness(plain_trainer, plain_args)
-        runs.append(train(plain_trainer, method_name(plain_args), metrics=metrics, **test))
-        _write_results(trainer, runs, details)
+        _measure_sharpness(plain_trainer, plain_args)
+        add(plain_trainer, plain_args, None, False)
+    if trainer.is_world_process_zero():
+        plot_curves(
+            runs,
+            f"{title}: {runs[0].curve_data} {in_words(metrics[0])} against compute",
+            Path(output_dir) / "curves.png",
+        )
+        print(f"\n{title}, final models (pass: one forward and backward over the training set)")
+        print(f"{format_runs(runs)}\nsaved in {output_dir}: model, results.json, curves.png")
     return trainer, runs
 
 
-def _write_results(trainer: Trainer, runs: Sequence[Run], details: dict[str, Any]) -> None:
-    if trainer.is_world_process_zero():
-        results = {
-            **details,
-            "runs": [dataclasses.asdict(run) | run.scores for run in runs],
-            "training_arguments": trainer.args.to_dict(),
-        }
-        save_json(results, Path(trainer.args.output_dir) / "results.json")
-
-
-def watch_sharpness(trainer: Trainer, args: Any) -> None:
-    """Let --sharpness_every have its way, in scripts that have this option.
-
-    Raises:
-        InputError: the weights are not whole, or there are no examples to measure on.
-    """
-    if not isinstance(args, SharpnessArguments) or args.sharpness_every is None:
+def _measure_sharpness(trainer: Trainer, args: Any) -> None:
+    every = getattr(args, "sharpness_every", None)
+    if every is None:
         return
-    layouts = {"FSDP": trainer.is_fsdp_enabled, "DeepSpeed": trainer.is_deepspeed_enabled}
-    for layout, is_used in layouts.items():
-        if is_used:
-            raise InputError(
-                f"--sharpness_every does not go with {layout}: measure the saved model with "
-                "`sam-hf sharpness`"
-            )
-    examples = args.sharpness_examples or 256
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InputError(
+            "--sharpness_every is not supported with FSDP and DeepSpeed: measure the saved model "
+            "with `sam-hf sharpness`"
+        )
     try:
-        trainer.add_callback(SharpnessCallback(trainer, args.sharpness_every, examples=examples))
+        examples = args.sharpness_examples or 256
+        trainer.add_callback(SharpnessCallback(trainer, every, examples=examples))
     except ValueError as error:
         raise InputError(f"--sharpness_every: {error}") from error
 
@@ -204,9 +226,9 @@ def method_name(args: Any) -> str:
     return {"adamw": "AdamW", "sgd": "SGD"}.get(family, family)
 
 
-def plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
+def _plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
     """The same training without SAM, lengthened until it has computed as much."""
-    plain = copy.copy(args)  # TRL's arguments cannot be built anew from what they have become
+    plain = copy.copy(args)  # TRL's arguments cannot be built again from what they have become
     loads_best = args.load_best_model_at_end  # from a checkpoint: these are needed then
     vars(plain).update(
         compare_with_plain=False,
@@ -220,22 +242,7 @@ def plain_arguments(args: Any, sam: Run, sam_steps: int) -> Any:
     return plain
 
 
-def show_results(trainer: Trainer, runs: Sequence[Run], title: str, saved: str) -> None:
-    """Print the scores, and draw the curves."""
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
-    metric = in_words(runs[0].metric)
-    heading = f"{title}: {runs[0].curve_data} {metric} against compute"
-    plot_curves(runs, heading, folder / "curves.png")
-    print(f"\n{title}, final models (pass: one forward and backward over the training set)")
-    callbacks = trainer.callback_handler.callbacks
-    is_measured = any(isinstance(callback, SharpnessCallback) for callback in callbacks)
-    pictures = "curves.png, sharpness.png" if is_measured else "curves.png"
-    print(f"{format_runs(runs)}\nsaved in {folder}: {saved}, results, {pictures}")
-
-
-def publish(trainer: Trainer, card: dict[str, Any]) -> None:
+def publish(trainer: Trainer, **card: Any) -> None:
     """Write the model card, and push all that was saved if --push_to_hub asks for it.
 
     Raises:
@@ -246,6 +253,6 @@ def publish(trainer: Trainer, card: dict[str, Any]) -> None:
         return
     try:
         trainer.push_to_hub(**card)
-    except Exception as error:  # the Hub's client has no base class for what may go wrong
+    except Exception as error:  # the Hub's client has no base class for its errors
         notes = " ".join(getattr(error, "__notes__", []))
         raise InputError(f"--push_to_hub: {error} {notes}") from error

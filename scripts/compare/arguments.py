@@ -2,260 +2,154 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
-from compare.data import TUNING_SEEDS
+from common.arguments import check_range, option
 
-TEXT_TASKS = ("trec6", "cola", "rte", "sst2")
 CONFIGS = Path(__file__).parents[2] / "configs"
+TEXT_TASKS = ("trec6", "cola", "rte", "sst2")
+# The search for rho: its seeds, and the share of the training examples that it is scored on.
+TUNING_SEEDS, VALIDATION_SHARE = (100, 101, 102), 0.2
+# Options that have no effect on other tasks or models.
+OF_FILES = ("train_file", "validation_file", "max_eval_samples")
+OF_TEXTS = ("model_name_or_path", "max_length")
+OF_CIFAR10 = ("model", "patch_size", "augment", "labels_file", "label_column", "depth", "width")
+OF_REPORTS = ("from_json", "recipes", "reference", "output_dir", "task")
 
 
 @dataclass
-class ComparisonArguments:
-    """What to compare, on what, and where to write it."""
+class Options:
+    """What is compared, on what data, and where the results are written."""
 
     _argument_group_name = "comparison"
 
-    task: Literal["digits", "cifar10", "trec6", "cola", "rte", "sst2"] = field(
+    task: Literal["digits", "cifar10", "trec6", "cola", "rte", "sst2"] = option(
+        "digits: scikit-learn's digits, a small ViT. cifar10: parquet files, a Wide-ResNet or a "
+        "small ViT. The others: parquet files, a pretrained encoder.",
         default="digits",
-        metadata={
-            "help": "digits: scikit-learn's, a small ViT. cifar10: parquet files, a WRN or a small "
-            "ViT. The others: parquet files, a pretrained encoder."
-        },
     )
-    recipes: list[str] | None = field(
-        default=None,
-        metadata={"help": "Only these, and plain. All of --recipes_file if not given."},
+    recipes: list[str] | None = option("Compare these recipes and plain training. Default: all.")
+    recipes_file: str = option("YAML file.", default=str(CONFIGS / "compare_methods.yaml"))
+    rho_file: str | None = option(
+        "Result of --tune. configs/compare_methods_TASK_rho.json if not given."
     )
-    recipes_file: str = field(
-        default=str(CONFIGS / "compare_methods.yaml"), metadata={"help": "YAML with the recipes."}
+    reference: str = option("Recipe whose gain the others are a share of.", default="sam")
+    seeds: list[int] | None = option("Two seeds or more. 0 1 2 3 4 if not given.")
+    label_noise: list[float] | None = option(
+        "Shares of wrong training labels. 0 0.2 0.4 0.6 for digits, 0 0.4 for cifar10 and 0 0.2 "
+        "for texts if not given."
     )
-    rho_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "What --tune found; --tune writes it. configs/compare_methods_TASK_rho.json if "
-            "not given."
-        },
+    train_fraction: list[float] | None = option(
+        "Shares of the training examples, drawn by the seed, each with each label noise. 1 if not "
+        "given."
     )
-    reference: str = field(
-        default="sam", metadata={"help": "The recipe whose gain the others are to have a share of."}
+    sharpness: bool = option(
+        "Measure the sharpness of each final model on 256 training examples.", default=False
     )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "At least two."}
+    tune: bool = option("Search for rho instead of comparing the recipes.", default=False)
+    from_json: str | None = option("Make tables and pictures of this results file, do not train.")
+    output_dir: str | None = option("outputs/compare_methods/TASK if not given.")
+    num_workers: int = option("Runs at a time. Costs are measured one at a time.", default=1)
+    torch_num_threads: int = option("CPU threads of each run.", default=1)
+    use_cpu: bool = option("Do not use the GPU.", default=not torch.cuda.is_available())
+    bf16: bool = option("Train in bf16 (mixed precision).", default=False)
+    timing_rounds: int = option("Times each recipe is timed. 0: costs are left out.", default=7)
+    timing_updates: int = option("Updates of a recipe in a round.", default=40)
+    num_train_epochs: float | None = option(
+        "Of plain training. 64 for digits, 30 for cifar10, 3 for sst2, 5 for other texts if not "
+        "given."
     )
-    label_noise: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Shares of wrong training labels. 0 0.2 0.4 0.6 for digits, 0 0.4 for cifar10 "
-            "and 0 0.2 for texts if not given."
-        },
+    per_device_train_batch_size: int | None = option("128 for images, 32 for texts if not given.")
+    learning_rate: float | None = option(
+        "2e-3 for digits, 1e-3 for a ViT and 0.1 (SGD) for a Wide-ResNet on cifar10, 5e-5 for "
+        "texts if not given."
     )
-    train_fraction: list[float] = field(
-        default_factory=lambda: [1.0],
-        metadata={
-            "help": "Shares of the training examples, drawn by the seed with equal shares of each "
-            "class; each with each kind of labels is a level."
-        },
+    dataloader_num_workers: int = option("Processes that load the data of a run.", default=0)
+    max_train_samples: int | None = option("Train on a random subset, the same for every seed.")
+    max_eval_samples: int | None = option("Evaluate on a random subset, the same for every seed.")
+    train_file: list[str] | None = option("Parquet files with the training examples.")
+    validation_file: list[str] | None = option(
+        "Parquet files with the test examples: of GLUE, the validation set, which has labels."
     )
-    sharpness: bool = field(
-        default=False,
-        metadata={"help": "Measure how sharp each final model is, on 256 training examples."},
+    model_name_or_path: str | None = option("Texts: pretrained encoder on the Hub or in a folder.")
+    max_length: int | None = option(
+        "Texts are cut to this many tokens. 64 for trec6 and cola, 80 for sst2, 256 for rte if not "
+        "given."
     )
-    tune: bool = field(default=False, metadata={"help": "Search for each rho. No table."})
-    from_json: str | None = field(
-        default=None,
-        metadata={"help": "Make the table and the picture of this file of results. No training."},
+    model: Literal["wrn", "vit"] | None = option(
+        "cifar10: a Wide-ResNet (wrn, if not given) or a small ViT."
     )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "outputs/compare_methods/TASK if not given."}
+    patch_size: int = option("cifar10: side of the ViT's patches.", default=4)
+    augment: bool = option("cifar10: train on random crops and flips.", default=True)
+    labels_file: str | None = option(
+        "cifar10: parquet file with human labels (CIFAR-10N), one row for each training image."
     )
-    num_workers: int = field(
-        default=1, metadata={"help": "Runs at a time, each in a process. Costs are measured alone."}
+    label_column: list[str] | None = option(
+        "cifar10: columns of --labels_file, each a level of label noise. With --label_noise in "
+        "addition to its levels."
     )
-    torch_num_threads: int = field(default=1, metadata={"help": "CPU threads of each process."})
-    use_cpu: bool = field(
-        default=not torch.cuda.is_available(), metadata={"help": "Do not use the GPU."}
-    )
-    bf16: bool = field(default=False, metadata={"help": "Compute in bf16."})
-    timing_rounds: int = field(
-        default=7,
-        metadata={"help": "Rounds in which times are taken. 0: times and memory are left out."},
-    )
-    timing_updates: int = field(default=40, metadata={"help": "Updates of a recipe in a round."})
-    num_train_epochs: float | None = field(
-        default=None,
-        metadata={
-            "help": "Of the plain schedule. 64 for digits, 30 for cifar10, 5 for texts, 3 for sst2."
-        },
-    )
-    per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "128 for images and 32 for texts if not given."}
-    )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "AdamW: 2e-3 for digits, 1e-3 for a ViT on cifar10, 5e-5 for texts. SGD: 0.1 "
-            "for a WRN."
-        },
-    )
-    dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that prepare examples, for many of them."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use so many training examples, always the same."}
-    )
-
-
-@dataclass
-class FileArguments:
-    """The options of tasks whose data are in files: all but digits."""
-
-    _argument_group_name = "files"
-
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": "Parquet files with the training examples and labels."}
-    )
-    validation_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parquet files with the test examples and labels. For tasks of GLUE its "
-            "validation set: the labels of its test set are hidden."
-        },
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Use so many test examples, always the same."}
-    )
-
-
-@dataclass
-class TextArguments:
-    """The options of the tasks with texts alone."""
-
-    _argument_group_name = "texts"
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretrained encoder: a folder, or a name on the Hub."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longer texts, or pairs, are cut to so many tokens. 64 for trec6 and cola, 80 "
-            "for sst2, 256 for rte if not given."
-        },
-    )
-
-
-@dataclass
-class CifarArguments:
-    """The options of --task cifar10 alone."""
-
-    _argument_group_name = "cifar10"
-
-    model: Literal["wrn", "vit"] | None = field(
-        default=None, metadata={"help": "wrn (if not given): a Wide-ResNet. vit: a small ViT."}
-    )
-    patch_size: int = field(
-        default=4, metadata={"help": "Of the ViT: side of its patches. 8 costs a quarter of 4."}
-    )
-    image_column: str = field(default="img", metadata={"help": "Column with the images."})
-    augment: bool = field(
-        default=True, metadata={"help": "Train on random crops and horizontal flips."}
-    )
-    labels_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Parquet file with labels that people gave (CIFAR-10N), a row for each "
-            "training image. Levels of noise beside those of --label_noise, if it is given."
-        },
-    )
-    label_column: list[str] | None = field(
-        default=None, metadata={"help": "Columns of --labels_file; each is a level of noise."}
-    )
-    depth: int = field(default=10, metadata={"help": "Of the WRN: 6 n + 4."})
-    width: int = field(default=1, metadata={"help": "Of the WRN; 16-8 is a common size."})
-    dropout: float = field(default=0.0, metadata={"help": "Of the WRN's blocks."})
-
-
-@dataclass
-class Options(TextArguments, CifarArguments, FileArguments, ComparisonArguments):
-    """All of them. The fields are checked here, since one often depends on another."""
+    depth: int = option("cifar10: depth of the Wide-ResNet, 6 n + 4.", default=10)
+    width: int = option("cifar10: width of the Wide-ResNet.", default=1)
 
     def __post_init__(self) -> None:
+        self._check_used()
+        self.seeds = self.seeds or [0, 1, 2, 3, 4]
+        self.train_fraction = self.train_fraction or [1.0]
+        self._check_ranges()
+        needed = ["train_file", "validation_file"] if self.task != "digits" else []
+        needed += ["model_name_or_path"] if self.task in TEXT_TASKS else []
+        for name in needed if self.from_json is None else ():
+            if getattr(self, name) is None:
+                raise ValueError(f"--task {self.task} needs --{name}")
+        if (self.labels_file is None) != (self.label_column is None):
+            raise ValueError("--labels_file and --label_column need each other")
+        if self.tune and len(self.train_fraction) > 1:
+            raise ValueError(f"--tune takes one --train_fraction, got {self.train_fraction}")
         self.output_dir = self.output_dir or f"outputs/compare_methods/{self.task}"
         self.rho_file = self.rho_file or str(CONFIGS / f"compare_methods_{self.task}_rho.json")
-        self._check_ranges()
-        self._check_task()
-        if (self.labels_file is None) != (self.label_column is None):
-            raise ValueError("--labels_file and --label_column go together: give both or none")
-        if self.tune and (self.label_noise is not None or self.from_json):
-            name = "from_json" if self.from_json else "label_noise"
-            raise ValueError(f"--{name} does not go with --tune, which has its own noise level")
-        if self.tune and self.sharpness:
-            raise ValueError("--sharpness does not go with --tune: the final models are measured")
-        if self.tune and len(self.train_fraction) > 1:
-            raise ValueError(f"--train_fraction {self.train_fraction}: --tune takes one of them")
-
-    def _check_task(self) -> None:
-        is_text = self.task in TEXT_TASKS
-        groups = (
-            (self.task != "digits", FileArguments, "a task whose data are in files"),
-            (self.task == "cifar10", CifarArguments, "--task cifar10"),
-            (is_text, TextArguments, f"--task {', '.join(TEXT_TASKS[:-1])} or {TEXT_TASKS[-1]}"),
-        )
-        for has_them, group, what in groups:
-            for f in fields(group):
-                if not has_them and getattr(self, f.name) != f.default:
-                    raise ValueError(f"--{f.name} has no effect without {what}")
-        sizes = {"wrn": ("depth", "width", "dropout"), "vit": ("patch_size",)}
-        for owner, names in sizes.items():
-            for name in names if owner != (self.model or "wrn") else ():
-                if getattr(self, name) != getattr(CifarArguments, name):
-                    raise ValueError(f"--{name} has no effect without --model {owner}")
-        if self.task != "digits" and not self.from_json:
-            for name in ("train_file", "validation_file"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"--task {self.task} needs --{name}, parquet files")
-        if is_text and not self.from_json and self.model_name_or_path is None:
-            raise ValueError(
-                f"--task {self.task} needs --model_name_or_path, a pretrained encoder: a folder, "
-                "or a name on the Hub"
-            )
 
     def _check_ranges(self) -> None:
-        least = {
-            "num_workers": 1,
-            "torch_num_threads": 1,
-            "timing_rounds": 0,
-            "timing_updates": 1,
-            "dataloader_num_workers": 0,
-            "per_device_train_batch_size": 1,
-            "max_train_samples": 1,
-            "max_eval_samples": 1,
-            "max_length": 8,
-            "patch_size": 1,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"--{name} must be {low} or more, got {value}")
+        check_range(self, 0, math.inf, "timing_rounds", "dataloader_num_workers")
+        from_1 = ("num_workers", "torch_num_threads", "timing_updates", "patch_size", "width")
+        from_1 += ("per_device_train_batch_size", "max_train_samples", "max_eval_samples")
+        check_range(self, 1, math.inf, *from_1)
+        check_range(self, 8, math.inf, "max_length")
+        if self.depth < 10 or self.depth % 6 != 4:
+            raise ValueError(f"--depth must be 10, 16, 22, ... (6 n + 4), got {self.depth}")
         for name in ("num_train_epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name} must be above 0, got {value}")
+            if not (getattr(self, name) is None or getattr(self, name) > 0):
+                raise ValueError(f"--{name} must be above 0, got {getattr(self, name)}")
+        for name in ("label_noise", "train_fraction"):
+            values = getattr(self, name) or []
+            if any(not 0 <= value <= 1 for value in values):
+                raise ValueError(f"--{name} must be from 0 to 1, got {values}")
         for name in ("seeds", "label_noise", "train_fraction", "label_column"):
-            values = getattr(self, name)
-            if values is not None and len(set(values)) < len(values):
-                raise ValueError(f"--{name} {values}: a value stands there twice")
-        if len(self.seeds) < 2 or min(self.seeds) < 0:
-            raise ValueError(f"--seeds must be two or more numbers from 0 up, got {self.seeds}")
-        if set(self.seeds) & set(TUNING_SEEDS):
-            raise ValueError(f"--seeds {self.seeds}: {TUNING_SEEDS} are those that rho is tuned on")
-        for noise in self.label_noise or ():
-            if not 0 <= noise <= 1:
-                raise ValueError(f"--label_noise must be from 0 to 1, got {noise}")
-        for fraction in self.train_fraction:
-            if not 0 < fraction <= 1:
-                raise ValueError(f"--train_fraction must be above 0 and at most 1, got {fraction}")
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{name} {values}: a value appears twice")
+        if len(self.seeds) < 2 or min(self.seeds) < 0 or set(self.seeds) & set(TUNING_SEEDS):
+            allowed = f"two or more numbers from 0 up, without {TUNING_SEEDS}, which tune rho"
+            raise ValueError(f"--seeds must be {allowed}, got {self.seeds}")
+
+    def _check_used(self) -> None:
+        defaults = {f.name: f.default for f in fields(self)}
+
+        def check(names: Sequence[str], is_used: bool, where: str) -> None:
+            given = [name for name in names if getattr(self, name) != defaults[name]]
+            if given and not is_used:
+                raise ValueError(f"--{given[0]} has no effect {where}")
+
+        model, is_text = self.model or "wrn", self.task in TEXT_TASKS
+        check(OF_FILES, self.task != "digits", "with --task digits")
+        check(OF_CIFAR10, self.task == "cifar10", "without --task cifar10")
+        check(OF_TEXTS, is_text, f"without --task {', '.join(TEXT_TASKS[:-1])} or {TEXT_TASKS[-1]}")
+        check(("patch_size",), model == "vit", "without --model vit")
+        check(("depth", "width"), model == "wrn", "with --model vit")
+        others = [name for name in defaults if name not in OF_REPORTS]
+        check(others, self.from_json is None, "with --from_json")
+        check(("label_noise", "sharpness"), not self.tune, "with --tune")

@@ -1,18 +1,15 @@
-"""Damaged test images: what a model is worth where the images are not those it was trained on.
+"""Corrupted test images.
 
-In the spirit of Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations", ICLR 2019, https://arxiv.org/abs/1903.12261: five of its kinds, each
-mild and strong, in a form of their own that suits images from 8 x 8 pixels up. Scores are not to be
-compared with those of CIFAR-10-C. The pixels x, of shape (images,
-channels, height, width), are from 0 to 1:
+Five kinds of corruption after Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations", ICLR 2019, https://arxiv.org/abs/1903.12261, in forms that
+suit images from 8 x 8 pixels up: scores are not comparable with those of CIFAR-10-C. The pixels x,
+of shape (images, channels, height, width), are from 0 to 1, and the result is clipped to that:
 
     gaussian_noise    x + σ z, z ~ N(0, 1), the same z for every model
     gaussian_blur     x * Gaussian with standard deviation σ in pixels, edges repeated
     contrast          mean + c (x - mean), mean over the image, of each channel
     brightness        x + b
     pixelate          averaged down to a share of the side, and up again by the nearest pixel
-
-and all of it is clipped to [0, 1].
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# σ, σ, c, b and the share of the side: mild, strong.
+# Mild and strong.
 CORRUPTIONS: dict[str, tuple[float, float]] = {
     "gaussian_noise": (0.1, 0.2),
     "gaussian_blur": (0.5, 1.0),
@@ -34,29 +31,25 @@ CORRUPTIONS: dict[str, tuple[float, float]] = {
 
 
 def corrupt(pixels: Tensor, kind: str, severity: float, seed: int = 0) -> Tensor:
-    """Damaged copies of the images; the same for the same seed.
+    """Corrupted copies of the images.
 
     Args:
-        severity: the number in the table above. Those of `CORRUPTIONS` are used.
-
-    Raises:
-        ValueError: there is no such kind.
+        kind: one of `CORRUPTIONS`.
+        severity: σ, c, b or the share of the side.
     """
-    if kind not in CORRUPTIONS:
-        raise ValueError(f"kind={kind!r} is not allowed. Allowed: {', '.join(CORRUPTIONS)}.")
     if kind == "gaussian_noise":
         generator = torch.Generator().manual_seed(seed)
-        damaged = pixels + severity * torch.randn(pixels.shape, generator=generator)
+        corrupted = pixels + severity * torch.randn(pixels.shape, generator=generator)
     elif kind == "gaussian_blur":
-        damaged = _blur(pixels, severity)
+        corrupted = _blur(pixels, severity)
     elif kind == "contrast":
         mean = pixels.mean(dim=(2, 3), keepdim=True)
-        damaged = mean + severity * (pixels - mean)
+        corrupted = mean + severity * (pixels - mean)
     elif kind == "brightness":
-        damaged = pixels + severity
+        corrupted = pixels + severity
     else:
-        damaged = _pixelate(pixels, severity)
-    return damaged.clamp(0, 1)
+        corrupted = _pixelate(pixels, severity)
+    return corrupted.clamp(0, 1)
 
 
 def _blur(pixels: Tensor, sigma: float) -> Tensor:

@@ -1,191 +1,184 @@
-"""The pictures of `compare_methods.py`: gain against cost, and the gain at each noise level."""
+"""The pictures of `compare_methods.py`: gain against cost, gain at each level, sharpness."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-from compare.format import shared_part
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the markers help in print.
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.transforms import Bbox
+
+# Colours of Okabe and Ito, distinguishable with colour blindness; the markers help in print.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#A65628", "v"))
 PLAIN_STYLE = ("#333333", "*")
+SHARPNESS = {
+    "sharpness.worst_sharpness": "Worst-case sharpness",
+    "sharpness.hessian_eigenvalue": "Largest Hessian eigenvalue",
+}
 
 
-def draw_gain_and_cost(
-    rows: Sequence[Any], longer: Sequence[tuple[float, float]], title: str, metric: str, file: Path
-) -> None:
+def draw_gain_and_cost(comparison: Any, file: Path) -> None:
     """Save a picture of the gain over plain training against the time of an update.
 
-    Args:
-        rows: those of the table, plain first. Where times were not measured, the passes are shown.
-        longer: (length, gain) of plain training that is longer, the line to be above.
+    The dashed line is longer plain training. If times were not measured, the passes are shown.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    is_timed = all(row.time is not None for row in rows)
-    plain, *others = rows
-    groups = list(dict.fromkeys(row.group for row in others))
+    plain, *others = comparison.names
+    is_timed = all(name in comparison.costs for name in comparison.names)
+    groups = dict.fromkeys(comparison.recipes[name]["group"] for name in others)
     styles = {group: STYLES[i % len(STYLES)] for i, group in enumerate(groups)}
     figure, axes = plt.subplots(figsize=(11, 7), layout="constrained")
-    lengths, gains = zip(*longer, strict=True)
-    axes.plot(
-        *(lengths, [100 * gain for gain in gains], "--"),
-        color=PLAIN_STYLE[0],
-        label=f"plain training that takes as {'long' if is_timed else 'many passes'}",
-    )
+    label = f"plain training that takes as {'long' if is_timed else 'many passes'}"
+    curve = np.array([(length, 100 * gain) for length, gain in comparison.plain_curve()])
+    axes.plot(*curve.T, "--", color=PLAIN_STYLE[0], label=label)
     points = []
-    for row in rows:
-        color, marker = PLAIN_STYLE if row is plain else styles[row.group]
-        x, y = row.time[0] if is_timed else row.passes, 100 * row.gain.value
-        half = 100 * row.gain.half_width if row.gain.is_bounded else 0.0
+    for name in comparison.names:
+        group, gain = comparison.recipes[name]["group"], comparison.contrast(name).gain
+        color, marker = PLAIN_STYLE if name == plain else styles[group]
+        x = comparison.time(name)[0] if is_timed else np.mean(comparison.passes(name))
+        y, half = 100 * gain.value, _half(gain)
         axes.errorbar(x, y, half or None, color=color, alpha=0.4, elinewidth=1.2, capsize=2)
         axes.plot(x, y, marker, color=color, markersize=7)
-        points.append((row.name, x, y, half, color))
+        points.append((name, x, y, half, color))
     for group, (color, marker) in styles.items():
         axes.plot([], [], marker, color=color, label=group)
     unit = "Time of an update" if is_timed else "Passes of an update"
     axes.set_xlabel(f"{unit}, in units of plain training's")
-    axes.set_ylabel(f"Gain in final test {metric} over plain training, points (95 % interval)")
-    axes.set_title(title, fontsize="medium")
+    axes.set_ylabel(f"Gain in final test {comparison.metric_in_words}, points (95 % interval)")
+    axes.set_title(comparison.title(), fontsize="medium")
     axes.grid(alpha=0.25)
     left, right = axes.get_xlim()
     axes.set_xlim(left, right + 0.22 * (right - left))  # room for the names of what costs most
     figure.legend(loc="outside lower center", ncols=len(styles) + 1, frameon=False)
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # from here on nothing may move
-    _label(axes, points, longer)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    figure.set_layout_engine("none")  # the axes must not move any more
+    _label(axes, points, curve)
+    _save(figure, file)
 
 
-def draw_gains(rows: Sequence[Any], title: str, metric: str, file: Path) -> None:
-    """Save a picture of the gains at each level, over plain training of either length.
-
-    Args:
-        rows: those of the table, plain first; not more others than there are styles.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    _, *others = rows
-    levels = list(others[0].gains)
-    panels = {"as many updates": [[*row.gains.values(), row.gain] for row in others]}
-    if all(row.equal_gains for row in others):
-        panels["as many passes"] = [[*row.equal_gains.values(), row.equal_gain] for row in others]
-    _, names = shared_part(levels)
-    names += ["mean"] if len(levels) > 1 else []
-    height = 1.9 + 0.24 * len(names) * (len(others) + 0.6)
-    figure, grid = plt.subplots(
-        *(1, len(panels)),
-        figsize=(11, height),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, (what, estimates) in zip(grid[0], panels.items(), strict=True):
-        for i, of_row in enumerate(estimates):
-            color, marker = STYLES[i]
-            shown = of_row[: len(names)]
-            x = [100 * estimate.value for estimate in shown]
-            half = [100 * e.half_width if e.is_bounded else 0.0 for e in shown]
-            # The recipes of a level stand below each other, in the order of the legend.
-            y = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(others) - 0.5)
-            axes.errorbar(
-                *(x, y), xerr=half, fmt=marker, color=color, capsize=2.5, elinewidth=1.4, ms=6
-            )
-        axes.axvline(0, color=PLAIN_STYLE[0], linewidth=1)
-        if len(levels) > 1:
-            axes.axhline(len(levels) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_title(f"over plain training with {what}", fontsize="medium")
-        axes.set_xlabel(f"Gain in test {metric}, points (95 % interval)")
-        axes.grid(axis="x", alpha=0.25)
-    grid[0][0].set_yticks(range(len(names)), names)
-    grid[0][0].set_ylim(len(names) - 0.5, -0.5)
-    figure.suptitle(title, fontsize="medium")
-    entries = [
-        plt.Line2D([], [], color=color, marker=marker, linestyle="", label=_with_rho(row))
-        for row, (color, marker) in zip(others, STYLES, strict=False)
-    ]
-    figure.legend(handles=entries, loc="outside lower center", ncols=len(entries), frameon=False)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
-
-
-def _with_rho(row: Any) -> str:
-    return row.name if row.rho is None or "rho" in row.name else f"{row.name}, rho {row.rho:g}"
-
-
-def _label(
-    axes: Any,
-    points: Sequence[tuple[str, float, float, float, str]],
-    curve: Sequence[tuple[float, float]],
-) -> None:
-    """Write each name as near to its point as it can stand without covering anything.
+def _label(axes: Any, points: Sequence[tuple[str, float, float, float, str]], curve: Any) -> None:
+    """Write each name at the free place nearest to its point, with a line between them.
 
     Args:
         points: name, x, y, half of the error bar, colour.
-        curve: of plain training, not yet in points.
     """
-    from matplotlib.transforms import Bbox
-
-    def around(pixels: Any, half: float) -> Any:
-        return Bbox([pixels - np.full(2, half), pixels + np.full(2, half)])
-
     to_pixels = axes.transData.transform
-    xs, ys = np.array(curve).T
-    steps = np.linspace(xs[0], xs[-1], 200)
-    thin = [around(p, 3) for p in to_pixels(np.c_[steps, np.interp(steps, xs, 100 * ys)])]
-    taken = [around(to_pixels((x, y)), 6) for _, x, y, _, _ in points]
+    steps = np.linspace(*curve[[0, -1], 0], 200)
+    on_curve = to_pixels(np.c_[steps, np.interp(steps, *curve.T)])
+    taken = [Bbox([pixels - 3, pixels + 3]) for pixels in on_curve]
     for _, x, y, half, _ in points:
-        low, high = to_pixels([(x, y - half), (x, y + half)])
-        thin += [Bbox([low - 2, high + 2])]
+        point, low, high = to_pixels([(x, y), (x, y - half), (x, y + half)])
+        taken += [Bbox([point - 6, point + 6]), Bbox([low - 2, high + 2])]
+    # To the right, above, below, to the left, and further away.
+    turns = sorted(range(-7, 9), key=lambda turn: (abs(turn), -turn))
+    places = [(gap, turn * math.pi / 8) for gap in range(9, 400, 7) for turn in turns]
     for name, x, y, _, color in sorted(points, key=lambda point: -point[2]):
-        text = axes.text(0, 0, name, fontsize=9, color=color, ha="center", va="center")
-        size = text.get_window_extent()
-        px, py = to_pixels((x, y))
-        for cx, cy in _places(px, py, size.width, size.height):
-            box = Bbox.from_bounds(
-                cx - size.width / 2 - 2, cy - size.height / 2 - 1, size.width + 4, size.height + 2
-            )
-            line = _line(px, py, box)
-            inside = axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1)
-            inside = inside and axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1)
-            if inside and not box.count_overlaps(taken + thin) and not _crosses(line, taken):
+        line = {"arrowstyle": "-", "color": color, "alpha": 0.6, "lw": 0.6, "shrinkA": 0}
+        style = {"fontsize": 9, "color": color, "ha": "center", "va": "center"}
+        text = axes.annotate(name, (x, y), (x, y), arrowprops=line, **style)
+        size = np.array([text.get_window_extent().width, text.get_window_extent().height]) / 2
+        for gap, angle in places:
+            middle = to_pixels((x, y)) + (size + gap) * (math.cos(angle), math.sin(angle))
+            box = Bbox([middle - size - (2, 1), middle + size + (2, 1)])
+            is_inside = all(axes.bbox.contains(*corner) for corner in box.corners())
+            if is_inside and not box.count_overlaps(taken):
                 break
-        text.set_position(axes.transData.inverted().transform((cx, cy)))
-        if len(line):
-            ends = axes.transData.inverted().transform(line[[0, -1]])
-            axes.plot(*ends.T, color=color, linewidth=0.6, alpha=0.6, scalex=False, scaley=False)
-        taken += [box, *(around(pixels, 1) for pixels in line)]
+        text.set_position(axes.transData.inverted().transform(middle))
+        text.arrow_patch.set_visible(gap > 16)
+        taken.append(box)
 
 
-def _places(x: float, y: float, width: float, height: float) -> Iterator[tuple[float, float]]:
-    """Middles of the name, the nearest first: to the right, above, below, to the left, further."""
-    for gap in range(9, 400, 7):
-        for turn in (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8):
-            cosine, sine = math.cos(turn * math.pi / 8), math.sin(turn * math.pi / 8)
-            yield x + cosine * (gap + width / 2), y + sine * (gap + height / 2)
+def draw_gains(comparison: Any, file: Path) -> None:
+    """Save a picture of the gains at each level, over plain training of either length."""
+    others, levels = comparison.names[1:], comparison.levels
+    keys, names = levels, comparison.levels_in_words
+    if len(levels) > 1:
+        keys, names = [*keys, None], [*names, "mean"]
+    contrasts = [[comparison.contrast(name, level) for level in keys] for name in others]
+    panels = {"updates": [[at.gain for at in of] for of in contrasts]}
+    if all(at.equal_gain.is_known for of in contrasts for at in of):
+        panels["passes"] = [[at.equal_gain for at in of] for of in contrasts]
+    height = 1.9 + 0.24 * len(names) * (len(others) + 0.6)
+    options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, grid = plt.subplots(1, len(panels), figsize=(11, height), **options)
+    for axes, (what, gains) in zip(grid[0], panels.items(), strict=True):
+        for i, of in enumerate(gains):
+            color, marker = STYLES[i]
+            # The recipes of a level are below each other, in the order of the legend.
+            y = np.arange(len(names)) + 0.7 * ((i + 0.5) / len(others) - 0.5)
+            x, half = [100 * gain.value for gain in of], [_half(gain) for gain in of]
+            style = {"fmt": marker, "color": color, "capsize": 2.5, "elinewidth": 1.4, "ms": 6}
+            axes.errorbar(x, y, xerr=half, **style)
+        axes.axvline(0, color=PLAIN_STYLE[0], linewidth=1)
+        if len(levels) > 1:
+            axes.axhline(len(levels) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
+        axes.set_title(f"over plain training with as many {what}", fontsize="medium")
+        axes.set_xlabel(f"Gain in test {comparison.metric_in_words}, points (95 % interval)")
+        axes.grid(axis="x", alpha=0.25)
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].set_ylim(len(names) - 0.5, -0.5)
+    marks = []
+    for name, style in zip(others, STYLES, strict=False):
+        rho = comparison.rho(name)
+        with_rho = f"{name}, rho {rho:g}" if rho is not None and "rho" not in name else name
+        marks.append(_mark(with_rho, *style))
+    _save(figure, file, comparison.title(), marks)
 
 
-def _line(x: float, y: float, box: Any) -> np.ndarray:
-    """Points from the marker to the nearest point of the name; none where they are side by side."""
-    end = np.clip(x, box.x0, box.x1), np.clip(y, box.y0, box.y1)
-    length = math.dist((x, y), end)
-    if length < 16:
-        return np.empty((0, 2))
-    share = np.linspace(8 / length, 1 - 1 / length, max(2, int(length / 3)))[:, None]
-    return np.array([[x, y]]) * (1 - share) + np.array([end]) * share
+def draw_sharpness(comparison: Any, file: Path) -> bool:
+    """Save a picture of each model's score against its sharpness; False if it is not known."""
+    if not SHARPNESS.keys() <= set(comparison.frame):
+        return False
+    levels = comparison.levels_in_words
+    styles = dict(zip(comparison.names, [PLAIN_STYLE, *STYLES], strict=False))
+    frame = comparison.frame.reset_index().dropna(subset=list(SHARPNESS), how="all")
+    frame = frame[frame["recipe"].isin(list(styles))]
+    size = (max(2.8 * len(levels), 5.5), 5.6)
+    options = {"squeeze": False, "sharey": "col", "layout": "constrained"}
+    figure, grid = plt.subplots(len(SHARPNESS), len(levels), figsize=size, **options)
+    for line, (key, name) in zip(grid, SHARPNESS.items(), strict=True):
+        for axes, level in zip(line, comparison.levels, strict=True):
+            shown = frame[frame["level"] == level]
+            is_positive = shown[key].astype(float) > 0
+            for run in shown[is_positive].to_dict("records"):
+                color, marker = styles[run["recipe"]]
+                fill = color if run["length"] == 1 else "none"
+                at = run[key], run[comparison.metric]
+                axes.plot(*at, marker, color=color, markerfacecolor=fill, ms=8)
+            # A model that is not at a minimum, or whose loss is nearly 0.
+            others = f"\n(not above 0: {(~is_positive).sum()} models)"
+            axes.set_xscale("log")
+            axes.set_xlabel(name if is_positive.all() else name + others)
+            axes.grid(alpha=0.25)
+        line[0].set_ylabel(f"Test {comparison.metric_in_words}")
+    for axes, name in zip(grid[0], levels, strict=True):
+        axes.set_title(name if len(levels) > 1 else "", fontsize="medium")
+    marks = [_mark(name, *style) for name, style in styles.items()]
+    if (frame["length"] != 1).any():
+        label = "plain, with as many passes as a recipe"
+        marks.insert(1, _mark(label, *PLAIN_STYLE, markerfacecolor="none"))
+    _save(figure, file, comparison.title().replace("mean over ", ""), marks)
+    return True
 
 
-def _crosses(line: np.ndarray, taken: Sequence[Any]) -> bool:
-    return any(box.contains(x, y) for box in taken for x, y in line)
+def _half(gain: Any) -> float:
+    return 100 * gain.half_width if gain.is_bounded else 0.0
+
+
+def _mark(label: str, color: str, marker: str, **options: Any) -> Any:
+    return plt.Line2D([], [], color=color, marker=marker, linestyle="", label=label, **options)
+
+
+def _save(figure: Any, file: Path, title: str | None = None, marks: Any = None) -> None:
+    if marks is not None:
+        figure.suptitle(title, fontsize="medium")
+        columns = min(len(marks), 5)
+        figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
-from common.script_utils import InputError, closest, read_yaml
+from common.cli import InputError, closest, read_yaml
 from compare import third_party_sam
+from compare.third_party_sam import PACKAGE
 
 from sam_hf import SAMConfig
 
 PLAIN = "plain"
-TRAINERS = (PLAIN, "sam_hf", third_party_sam.PACKAGE)
-_KEYS = ("description", "group", "trainer", "optimizer", "rho_of", "options")
+TRAINERS = (PLAIN, "sam_hf", PACKAGE)
 
 
 @dataclass
@@ -23,11 +24,11 @@ class Recipe:
 
     Args:
         description: one line for the reader of the table.
-        group: what kind of recipe it is; recipes of one group have one colour in the picture.
+        group: recipes of one group have one colour in the picture.
         trainer: one of `TRAINERS`.
-        optimizer: the class of the other package, where that is the trainer.
-        rho_of: the recipe whose search for rho this one relies on; its own name if not given.
-        options: those of `SAMConfig`, or those of the other package's optimizer.
+        optimizer: class of the other package, if that is the trainer.
+        rho_of: the recipe whose search for rho this one uses; its own name if not given.
+        options: of `SAMConfig`, or of the other package's optimizer.
     """
 
     name: str
@@ -44,55 +45,43 @@ class Recipe:
 
     @property
     def rho(self) -> float | None:
-        """None for plain training, and for a recipe whose rho is not known yet."""
+        """None for plain training, and before the search for rho."""
         return self.options.get(self.rho_key)
 
     def with_rho(self, rho: float) -> Recipe:
-        options = {**self.options, self.rho_key: rho}
-        return Recipe(**{**vars(self), "options": options})
+        return replace(self, options={**self.options, self.rho_key: rho})
 
     def definition(self) -> dict[str, Any]:
         """What the results depend on."""
         definition = {"trainer": self.trainer, "options": self.options}
-        if self.trainer == third_party_sam.PACKAGE:
-            definition["optimizer"] = self.optimizer
-            definition["version"] = third_party_sam.version()
+        if self.trainer == PACKAGE:
+            definition |= {"optimizer": self.optimizer, "version": version(PACKAGE)}
         return definition
 
     def check(self) -> None:
-        """Raise `InputError` for options that the trainer does not have or would ignore."""
+        """Raise an InputError for options that the trainer does not have or would ignore."""
         where = f"recipe {self.name!r}"
         if self.trainer not in TRAINERS:
-            raise InputError(
-                f"{where}: trainer {self.trainer!r} is not allowed. Allowed: {', '.join(TRAINERS)}"
-            )
-        if self.optimizer is not None and self.trainer != third_party_sam.PACKAGE:
+            raise InputError(f"{where}: trainer {self.trainer!r} is none of {', '.join(TRAINERS)}")
+        if self.optimizer is not None and self.trainer != PACKAGE:
             raise InputError(f"{where}: optimizer has no effect with trainer {self.trainer!r}")
         if self.trainer == PLAIN:
             if self.options or self.rho_of:
                 raise InputError(f"{where}: options and rho_of have no effect with trainer 'plain'")
-        elif self.trainer == "sam_hf":
-            _check_sam_options(where, self.options)
-        else:
+        elif self.trainer == PACKAGE:
             third_party_sam.check(where, self.optimizer, self.options)
-
-
-def _check_sam_options(where: str, options: dict[str, Any]) -> None:
-    known = [f.name for f in fields(SAMConfig)]
-    for name in options:
-        if name not in known:
-            raise InputError(f"{where}: SAMConfig has no option {name!r}{closest(name, known)}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # an option that the method ignores
-            SAMConfig(**options)
-    except (ValueError, UserWarning) as error:
-        raise InputError(f"{where}: {error}") from error
+        else:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")  # an option that the method ignores
+                    SAMConfig(**self.options)
+            except (TypeError, ValueError, UserWarning) as error:
+                raise InputError(f"{where}: {error}") from error
 
 
 @dataclass
 class RecipeBook:
-    """All recipes of a file, and the values of rho that a search tries for some of them."""
+    """All recipes of a file, and the values of rho that --tune tries for some of them."""
 
     file: str
     recipes: dict[str, Recipe]
@@ -100,39 +89,38 @@ class RecipeBook:
 
     @classmethod
     def read(cls, file: str) -> RecipeBook:
-        """
-        Raises:
-            InputError: the file cannot be read, or does not hold what it should.
-        """
+        """The content of a YAML file; an InputError if it is not as it should be."""
         content = read_yaml(file, "--recipes_file")
-        if not isinstance(content, dict) or set(content) != {"recipes", "rho_grids"}:
-            keys = list(content) if isinstance(content, dict) else content
-            raise InputError(f"{file} must have the keys recipes and rho_grids, got {keys!r}")
-        for key, value in content.items():
-            if not isinstance(value, dict) or not value:
-                raise InputError(f"{file}: {key} must hold `name: ...` lines, got {value!r}")
-        recipes = {str(n): _recipe(file, str(n), r) for n, r in content["recipes"].items()}
-        if recipes.get(PLAIN, Recipe("", "")).trainer != PLAIN:
+        parts = content if isinstance(content, dict) else {}
+        found, grids = parts.get("recipes"), parts.get("rho_grids")
+        if len(parts) != 2 or not isinstance(found, dict) or not isinstance(grids, dict):
+            raise InputError(f"{file} must hold `recipes:` and `rho_grids:`, each with names")
+        recipes = {}
+        for name, values in found.items():
+            where = f"{file}: recipe {name!r}"
+            try:
+                recipes[name] = Recipe(name=name, **values)
+            except TypeError as error:  # an unknown key, no description, or no keys at all
+                reason = str(error).removeprefix("Recipe.__init__() ")
+                raise InputError(f"{where}: {reason}") from error
+            if not isinstance(recipes[name].options, dict):
+                raise InputError(f"{where}: options must hold `option: value` lines")
+        if PLAIN not in recipes or recipes[PLAIN].trainer != PLAIN:
             raise InputError(f"{file}: the recipe 'plain' with `trainer: plain` is needed")
-        for name, grid in content["rho_grids"].items():
+        for name, grid in grids.items():
             if name not in recipes:
                 raise InputError(f"{file}: rho_grids: no recipe {name!r}{closest(name, recipes)}")
-            if not isinstance(grid, list) or not grid or not all(_is_positive(r) for r in grid):
-                raise InputError(
-                    f"{file}: rho_grids: {name} must be a list of numbers above 0, got {grid!r}"
-                )
-        return cls(file, recipes, content["rho_grids"])
+            if not isinstance(grid, list) or not all(isinstance(rho, int | float) for rho in grid):
+                raise InputError(f"{file}: rho_grids: {name} must list numbers, got {grid!r}")
+        return cls(file, recipes, grids)
 
     def choose(self, names: Sequence[str] | None, rhos: dict[str, float]) -> list[Recipe]:
-        """The recipes of these names (all if None), plain always and first, with their rho.
+        """The recipes of these names (None: all) with their rho; plain training first.
 
-        Recipes of a package that is not installed are left out, with a line that says so.
+        Recipes of a package that is not installed are left out, with a message.
 
         Args:
             rhos: the best rho of each search.
-
-        Raises:
-            InputError: a name is unknown, an option is wrong, or a rho is not known.
         """
         chosen = []
         for recipe in self._available(names):
@@ -144,57 +132,35 @@ class RecipeBook:
                         f"one for {searched!r}: run with --tune, or set it in {self.file}"
                     )
                 recipe = recipe.with_rho(rhos[searched])
-            recipe.check()
             chosen.append(recipe)
-        return chosen
+        return _checked(chosen)
 
     def to_tune(self, names: Sequence[str] | None) -> list[Recipe]:
-        """For each search that these recipes rely on, one recipe for each rho of its grid."""
-        trials = []
-        for recipe in self._available(names):
-            if recipe.name in self.grids:
-                trials += [recipe.with_rho(rho) for rho in self.grids[recipe.name]]
+        """Each of these recipes that has a grid, with each rho of it."""
+        trials = [
+            recipe.with_rho(rho)
+            for recipe in self._available(names)
+            for rho in self.grids.get(recipe.name, ())
+        ]
         if not trials:
             raise InputError(f"--tune: none of the recipes has a grid in {self.file}")
-        for trial in trials:
-            trial.check()
-        return trials
+        return _checked(trials)
 
     def _available(self, names: Sequence[str] | None) -> list[Recipe]:
         for name in names or ():
             if name not in self.recipes:
-                hint = closest(name, self.recipes)
-                raise InputError(
-                    f"--recipes: {self.file} has no recipe {name!r}{hint}; its recipes: "
-                    f"{', '.join(self.recipes)}"
-                )
+                where = f"--recipes: {self.file}"
+                raise InputError(f"{where} has no recipe {name!r}{closest(name, self.recipes)}")
         chosen = [r for n, r in self.recipes.items() if names is None or n in (PLAIN, *names)]
-        missing = [r.name for r in chosen if r.trainer == third_party_sam.PACKAGE]
+        missing = [r.name for r in chosen if r.trainer == PACKAGE]
         if missing and not third_party_sam.is_installed():
-            print(
-                f"left out: {', '.join(missing)}. {third_party_sam.PACKAGE} is not installed: "
-                "pip install 'sam-hf[benchmark]'"
-            )
+            how = f"{PACKAGE} is not installed: pip install 'sam-hf[benchmark]'"
+            print(f"left out: {', '.join(missing)}. {how}")
             chosen = [r for r in chosen if r.name not in missing]
         return sorted(chosen, key=lambda recipe: recipe.name != PLAIN)
 
 
-def _recipe(file: str, name: str, content: Any) -> Recipe:
-    where = f"{file}: recipe {name!r}"
-    if not isinstance(content, dict):
-        raise InputError(f"{where} must hold `key: value` lines, got {content!r}")
-    for key in content:
-        if key not in _KEYS:
-            raise InputError(
-                f"{where}: unknown key {key!r}{closest(key, _KEYS)}. Allowed: {', '.join(_KEYS)}"
-            )
-    if not content.get("description"):
-        raise InputError(f"{where} needs a description, one line")
-    options = content.get("options") or {}
-    if not isinstance(options, dict):
-        raise InputError(f"{where}: options must hold `option: value` lines, got {options!r}")
-    return Recipe(name=name, **{**content, "options": options})
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+def _checked(recipes: list[Recipe]) -> list[Recipe]:
+    for recipe in recipes:
+        recipe.check()
+    return recipes

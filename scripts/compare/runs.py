@@ -1,24 +1,28 @@
-"""The runs of `compare_methods.py`: one of them, and many."""
+"""The runs of `compare_methods.py`: one, many at a time, all of a comparison, and their costs."""
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
+import random
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.benchmark_utils import Clock
-from common.training_utils import ComputeMeter
-from compare.data import Task
+from benchmarks.benchmark_utils import Clock, peak_memory
+from common.runs import ComputeMeter
+from compare.arguments import TUNING_SEEDS
 from compare.measures import finite, measure_model, scores
-from compare.recipes import PLAIN, Recipe
-from compare.results import ResultsFile, RunSpec
-from compare.tasks import build_task
+from compare.recipes import PLAIN, Recipe, RecipeBook
+from compare.report import plain_length
+from compare.results import ResultsFile, RunSpec, conclude_search, read_rho_file
+from compare.tasks import Task, build_task
 from compare.third_party_sam import ThirdPartyTrainer
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainingArguments
@@ -26,7 +30,51 @@ from transformers.utils import logging
 
 from sam_hf import SAMConfig, SAMTrainer
 
-LENGTH_STEP = 0.05  # lengthened plain runs are shared by recipes whose cost rounds to the same
+MEMORY_UPDATES = 16  # enough for recipes that perturb late or rarely
+Wanted = Sequence[tuple[Recipe, RunSpec]]
+
+
+def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) -> None:
+    """Train all recipes, then plain training with as many passes, then measure the costs."""
+    points = [(level, seed) for seed in options.seeds for level in task.levels]
+    wanted = [(r, RunSpec(r.name, level, seed)) for level, seed in points for r in recipes]
+    run_all(wanted, task, options, file, "equal updates")
+
+    longer: dict[RunSpec, Recipe] = {}
+    for level, seed in points:
+        for recipe in recipes:
+            records = [file.find(RunSpec(recipe.name, level, s)) for s in options.seeds]
+            length = plain_length([record["passes"] for record in records])
+            if length != 1:
+                longer[RunSpec(PLAIN, level, seed, length)] = recipes[0]
+    run_all([(r, spec) for spec, r in longer.items()], task, options, file, "plain, equal passes")
+
+    if options.timing_rounds == 0:
+        return
+    how = {"rounds": options.timing_rounds, "updates": options.timing_updates}
+    how["threads"] = options.torch_num_threads
+    costs = file.content.get("costs", {"recipes": {}})
+    # All are measured together, in the same rounds.
+    is_measured = {recipe.name for recipe in recipes} <= costs["recipes"].keys()
+    if not is_measured or any(costs.get(key) != value for key, value in how.items()):
+        level = "0.4" if "0.4" in task.levels else next(iter(task.levels))
+        measured = measure_costs(recipes, task, level, options)
+        file.content["costs"] = {**how, "level": level, "recipes": measured}
+        file.write()
+
+
+def tune(book: RecipeBook, options: Any, folder: Path) -> dict[str, Any]:
+    """Score every rho of the grids; print and write the best ones."""
+    trials = book.to_tune(options.recipes)
+    task = build_task(options)
+    level = next(iter(task.levels))
+    file, rho_file = ResultsFile(folder / "tuning.json", task.settings), Path(options.rho_file)
+    file.add_recipes([book.recipes[trial.name] for trial in trials])
+    read_rho_file(rho_file, file)  # a file that cannot be extended is refused before the search
+    specs = [RunSpec(t.name, level, s, tuned_rho=t.rho) for s in TUNING_SEEDS for t in trials]
+    wanted = list(zip(trials * len(TUNING_SEEDS), specs, strict=True))
+    run_all(wanted, task, options, file, "search for rho")
+    return conclude_search([file.find(spec) for spec in specs], file, rho_file)
 
 
 def build_trainer(
@@ -35,39 +83,32 @@ def build_trainer(
     """The trainer of a run.
 
     Args:
-        updates: how many to train for; those of the task's schedule, times `length`, if None.
+        updates: how many; if None, those of the task's schedule times `spec.length`.
     """
     train, scored = task.sets(spec.level, spec.seed, is_tuning=spec.tuned_rho is not None)
-    training = dict(task.training)
+    training, loaders = dict(task.training), options.dataloader_num_workers
     epochs, batch = training.pop("num_train_epochs"), training["per_device_train_batch_size"]
     if updates is None:
         updates = round(spec.length * epochs * (len(train) // batch))
     args = TrainingArguments(
         output_dir=folder,
         max_steps=updates,
-        dataloader_drop_last=True,  # the gradient of a few left over would be mere noise
+        dataloader_drop_last=True,  # the gradient of a few remaining examples would be noise
         per_device_eval_batch_size=task.eval_batch,
         seed=spec.seed,
-        logging_strategy="no",
-        eval_strategy="no",
-        save_strategy="no",
+        **{f"{what}_strategy": "no" for what in ("logging", "eval", "save")},
         report_to=[],
         disable_tqdm=True,
         use_cpu=options.use_cpu,
         bf16=options.bf16,
         dataloader_pin_memory=not options.use_cpu,
-        dataloader_num_workers=options.dataloader_num_workers,
-        dataloader_persistent_workers=options.dataloader_num_workers > 0,
+        dataloader_num_workers=loaders,
+        dataloader_persistent_workers=loaders > 0,
         **training,
     )
-    kwargs: dict[str, Any] = {
-        "model": task.model(spec.seed),
-        "args": args,
-        "train_dataset": train,
-        "eval_dataset": scored,
-        "processing_class": task.processing_class,
-        "compute_metrics": scores(task.metric),
-    }
+    kwargs: dict[str, Any] = {"model": task.model(spec.seed), "args": args}
+    kwargs |= {"train_dataset": train, "eval_dataset": scored, "compute_metrics": scores}
+    kwargs["processing_class"] = task.processor
     if recipe.trainer == PLAIN:
         trainer = Trainer(**kwargs)
     elif recipe.trainer == "sam_hf":
@@ -82,10 +123,7 @@ def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[
     """Train, score and measure the final model; the record of the run."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(recipe, task, spec, options, folder)
-        meter, clock = ComputeMeter(), Clock()
-        trainer.add_callback(meter)
-        trainer.add_callback(clock)
-        loss = train_quietly(trainer).training_loss
+        meter, clock, loss = train_quietly(trainer)
         measures = measure_model(trainer, task, spec, options.sharpness)
     return {
         **asdict(spec),
@@ -99,23 +137,17 @@ def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[
     }
 
 
-def train_quietly(trainer: Trainer) -> Any:
-    """`trainer.train()`, without lines that would break the bar of all runs."""
+def train_quietly(trainer: Trainer) -> tuple[ComputeMeter, Clock, float]:
+    """Train without output, which would break the progress bar of all runs; with the loss."""
+    meter, clock = ComputeMeter(), Clock()
+    trainer.add_callback(meter)
+    trainer.add_callback(clock)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return trainer.train()
+        return meter, clock, trainer.train().training_loss
 
 
-# ------------------------------------------------------------------------------------- many of them
-
-
-def run_all(
-    wanted: Sequence[tuple[Recipe, RunSpec]],
-    task: Task,
-    options: Any,
-    file: ResultsFile,
-    what: str,
-) -> None:
-    """Train what the file does not hold yet, and note each run in it as soon as it is finished."""
+def run_all(wanted: Wanted, task: Task, options: Any, file: ResultsFile, what: str) -> None:
+    """Train what the file does not hold yet, and add each run to it as soon as it is finished."""
     pending = [(recipe, spec) for recipe, spec in wanted if file.find(spec) is None]
     done = len(wanted) - len(pending)
     with tqdm(total=len(wanted), initial=done, desc=what, unit="run", smoothing=0) as bar:
@@ -125,15 +157,13 @@ def run_all(
             bar.update()
 
 
-def _records(
-    pending: Sequence[tuple[Recipe, RunSpec]], task: Task, options: Any
-) -> Iterator[dict[str, Any]]:
+def _records(pending: Wanted, task: Task, options: Any) -> Iterator[dict[str, Any]]:
     if options.num_workers == 1:
         yield from (train_once(recipe, task, spec, options) for recipe, spec in pending)
         return
     # Spawned: a forked process would inherit torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.num_workers, context, _prepare, (options,)) as pool:
+    with ProcessPoolExecutor(options.num_workers, context, _prepare_worker, (options,)) as pool:
         try:
             runs = [pool.submit(_train_in_worker, recipe, spec) for recipe, spec in pending]
             for run in as_completed(runs):
@@ -146,7 +176,7 @@ def _records(
 _worker: dict[str, Any] = {}
 
 
-def _prepare(options: Any) -> None:
+def _prepare_worker(options: Any) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(options.torch_num_threads)
@@ -157,7 +187,35 @@ def _train_in_worker(recipe: Recipe, spec: RunSpec) -> dict[str, Any]:
     return train_once(recipe, _worker["task"], spec, _worker["options"])
 
 
-def plain_length(passes: Iterable[float]) -> float:
-    """How many times the plain schedule has as many passes, rounded, from those of the seeds."""
-    passes = list(passes)
-    return round(round(sum(passes) / len(passes) / LENGTH_STEP) * LENGTH_STEP, 2)
+def measure_costs(recipes: Sequence[Recipe], task: Task, level: str, options: Any) -> dict:
+    """For each recipe: seconds of a complete short schedule in each round, and peak memory.
+
+    In a complete schedule, a recipe that perturbs late or rarely has its plain and its other
+    updates in their proportion. In every round each recipe trains once, in random order, so that
+    other load on the machine affects all of them. The time is that of the updates, without loading
+    of data.
+    """
+    spec = RunSpec("", level, seed=0)
+    costs: dict[str, dict[str, Any]] = {}
+    total = len(recipes) * (options.timing_rounds + 2)
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=total, desc="costs") as bar:
+        for recipe in recipes:
+            trainer = build_trainer(recipe, task, spec, options, folder, MEMORY_UPDATES)
+            model = trainer.model
+            gc.collect()  # an earlier trainer must not be released while this one is measured
+            costs[recipe.name] = {
+                "seconds": [],
+                "peak_bytes": peak_memory(lambda t=trainer: train_quietly(t), model),
+                "model_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+            }
+            bar.update()
+        generator = random.Random(0)  # `train` seeds the global one
+        for round_ in range(options.timing_rounds + 1):
+            for recipe in generator.sample(recipes, len(recipes)):
+                trainer = build_trainer(recipe, task, spec, options, folder, options.timing_updates)
+                meter, clock, _ = train_quietly(trainer)
+                if round_ > 0:  # the first one is a warm-up
+                    costs[recipe.name]["seconds"].append(sum(clock.seconds))
+                    costs[recipe.name]["passes"] = meter.computed / meter.drawn
+                bar.update()
+    return costs

@@ -1,12 +1,11 @@
-"""A small comparison of recipes: its recipes, its options and its task."""
+"""A small comparison: its recipes, options and task, and made-up results."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
-from compare.arguments import Options
-from compare.tasks import Task, build_task
 
 RECIPES = {
     "plain": {"description": "one pass", "group": "plain", "trainer": "plain"},
@@ -31,7 +30,10 @@ def write_recipes(folder: Path, recipes: dict, grids: dict | None = None) -> lis
     return ["--recipes_file", str(file)]
 
 
-def tiny_task() -> tuple[Task, Options]:
+def tiny_task() -> tuple[Any, Any]:
+    from compare.arguments import Options
+    from compare.tasks import build_task
+
     options = Options(
         max_train_samples=128,
         per_device_train_batch_size=32,
@@ -40,3 +42,33 @@ def tiny_task() -> tuple[Task, Options]:
         use_cpu=True,
     )
     return build_task(options), options
+
+
+def results(scores: dict[tuple[str, str, float], list[float]], **fields: Any) -> dict[str, Any]:
+    """A results file's content.
+
+    Args:
+        scores: accuracies by seed, of a recipe at a level with a length.
+        fields: of every run.
+    """
+    runs = [
+        {"recipe": recipe, "level": level, "length": length, "seed": seed, "accuracy": score}
+        | {"passes": 2.0 if recipe == "sam" else length, "tuned_rho": None, **fields}
+        for (recipe, level, length), values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    recipe = {"description": "d", "group": "methods", "options": {}}
+    settings = {"task": "trec6", "training_texts": 100}
+    return {"settings": settings, "recipes": {"plain": recipe, "sam": recipe}, "runs": runs}
+
+
+def two_levels(**fields: Any) -> dict[str, Any]:
+    """Two recipes, two levels, three seeds, and plain training that is twice as long."""
+    kinds = {("plain", 1.0): 0.9, ("sam", 1.0): 1.0, ("plain", 2.0): 0.85}
+    levels = ("0", "0.2 at 0.1")
+    scores = {(name, at, n): [x] * 3 for (name, n), x in kinds.items() for at in levels}
+    return results(scores, **fields)
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]

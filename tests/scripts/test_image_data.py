@@ -9,13 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from common import image_data
-from common.image_arguments import DataArguments
-from common.image_data import ImageTensors, load_image_data, random_crop_and_flip
-from common.labeled_data import add_symmetric_noise
-from common.script_utils import InputError
+import train_image_classification
+from common.cli import InputError
+from common.data import add_symmetric_noise
 from PIL import Image
 from sklearn.datasets import load_digits
+from train_image_classification import DataArguments, ImageTensors, load_data, random_crop_and_flip
 from transformers import ViTImageProcessorPil
 
 
@@ -49,29 +48,22 @@ def write_folder(folder: Path, counts: dict[str, int]) -> str:
 CATS_AND_DOGS = datasets.ClassLabel(names=["cat", "dog"])
 
 
-def levels(images) -> list[int]:
-    return [images.image(i).convert("L").getpixel((0, 0)) for i in range(len(images))]
+def pixels(data: datasets.Dataset) -> list[bytes]:
+    return [row["image"].tobytes() for row in data]
 
 
-def test_the_default_is_the_digits_in_a_fixed_stratified_split():
-    data = load_image_data(DataArguments())
-    assert (len(data.train), len(data.test)) == (1437, 360)
-    assert data.class_names == list("0123456789")
-    shares = np.bincount(data.test.labels) / len(data.test)
+def test_the_default_is_the_digits_in_a_fixed_stratified_split_with_their_17_levels():
+    name, train, test, class_names = load_data(DataArguments())
+    assert (name, len(train), len(test)) == ("digits", 1437, 360)
+    assert class_names == list("0123456789")
+    shares = np.bincount(test["labels"]) / len(test)
     assert np.abs(shares - np.bincount(load_digits().target) / 1797).max() < 0.003
     torch.manual_seed(7)
     np.random.seed(7)
-    again = load_image_data(DataArguments())
-    assert (again.test.labels == data.test.labels).all()
-    assert all(again.test.image(i) == data.test.image(i) for i in range(360))
-
-
-def test_the_digits_keep_their_17_levels_and_no_image_is_in_both_splits():
-    data = load_image_data(DataArguments())
+    _, _, again, _ = load_data(DataArguments())
+    assert again["labels"][:] == test["labels"][:] and pixels(again) == pixels(test)
     scans = {scan.tobytes() for scan in (load_digits().images * 255 / 16).round().astype(np.uint8)}
-    found = [
-        split.image(i).tobytes() for split in (data.train, data.test) for i in range(len(split))
-    ]
+    found = pixels(train) + pixels(test)
     assert set(found) == scans
     assert len(found) == 1797
 
@@ -101,60 +93,54 @@ def test_the_noise_is_a_function_of_its_seed_alone():
 
 
 def test_the_noise_changes_the_training_labels_and_never_those_of_the_test():
-    clean = load_image_data(DataArguments())
-    noisy = load_image_data(DataArguments(label_noise=0.4))
-    assert (noisy.train.labels != clean.train.labels).sum() == noisy.labels_changed == 575
-    assert (noisy.test.labels == clean.test.labels).all()
-    assert "575" in noisy.describe()
-    assert "40% label noise" in noisy.describe()
-    other = load_image_data(DataArguments(label_noise=0.4, label_noise_seed=1))
-    assert (other.train.labels != noisy.train.labels).any()
+    _, train, test, _ = load_data(DataArguments())
+    args = DataArguments(label_noise=0.4)
+    _, noisy, noisy_test, _ = load_data(args)
+    assert (np.array(noisy["labels"]) != np.array(train["labels"])).sum() == round(0.4 * 1437)
+    assert noisy_test["labels"][:] == test["labels"][:]
+    assert args.title("digits") == "digits, 40% label noise"
 
 
 def test_a_subset_is_drawn_before_the_noise_so_that_its_fraction_is_exact():
-    data = load_image_data(
-        DataArguments(label_noise=0.5, max_train_samples=64, max_eval_samples=32)
-    )
-    assert (len(data.train), len(data.test), data.labels_changed) == (64, 32, 32)
+    limits = {"max_train_samples": 64, "max_eval_samples": 32}
+    _, train, test, _ = load_data(DataArguments(**limits))
+    _, noisy, _, _ = load_data(DataArguments(**limits, label_noise=0.5))
+    assert (len(train), len(test)) == (64, 32)
+    assert pixels(noisy) == pixels(train)
+    assert (np.array(noisy["labels"]) != np.array(train["labels"])).sum() == 32
 
 
 def test_parquet_columns_may_have_any_names(tmp_path):
-    file = write_parquet(tmp_path / "a.parquet", [0, 1, 1], CATS_AND_DOGS, ("img", "fine"))
+    file = write_parquet(tmp_path / "a.parquet", [0, 1, 1], CATS_AND_DOGS, ("img", "image"))
     args = {"train_file": [file], "validation_file": [file]}
-    data = load_image_data(DataArguments(**args, image_column="img", label_column="fine"))
-    assert data.class_names == ["cat", "dog"]
-    assert data.train.labels.tolist() == [0, 1, 1]
-    assert levels(data.train) == [0, 10, 20]
-    with pytest.raises(
-        InputError, match=r"--label_column: .* no column 'label'; its columns: img, fine"
-    ):
-        load_image_data(DataArguments(**args))
-    with pytest.raises(InputError, match=r"--image_column: .* 'image' \(did you mean img\?\);"):
-        load_image_data(DataArguments(**args, label_column="fine"))
+    _, train, _, names = load_data(DataArguments(**args, image_column="img", label_column="image"))
+    assert names == ["cat", "dog"]
+    assert train.column_names == ["image", "labels"]
+    assert train["labels"][:] == [0, 1, 1]
+    assert [row["image"].getpixel((0, 0))[0] for row in train] == [0, 10, 20]
+    with pytest.raises(InputError, match=r"--label_column: .* no column 'label'; the columns: img"):
+        load_data(DataArguments(**args, image_column="img"))
+    with pytest.raises(InputError, match=r"--image_column: .* 'im' \(did you mean img\?\);"):
+        load_data(DataArguments(**args, image_column="im", label_column="image"))
 
 
-def test_a_named_data_set_has_its_own_splits(tmp_path):
-    (tmp_path / "set").mkdir()
-    write_parquet(tmp_path / "set" / "train.parquet", [0, 1, 1], CATS_AND_DOGS)
-    write_parquet(tmp_path / "set" / "test.parquet", [1, 0], CATS_AND_DOGS)
-    args = DataArguments(dataset_name=str(tmp_path / "set"))
+def test_a_named_data_set_has_its_own_splits_or_a_part_is_held_out(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_parquet(folder / "train.parquet", [0, 1, 1, 0, 1, 0], CATS_AND_DOGS)
+    write_parquet(folder / "test.parquet", [1, 0], CATS_AND_DOGS)
+    args = DataArguments(dataset_name=str(folder))
     assert args.hub_dataset is None
     assert DataArguments(dataset_name="uoft-cs/cifar10").hub_dataset == "uoft-cs/cifar10"
-    data = load_image_data(args)
-    assert data.train.labels.tolist() == [0, 1, 1]
-    assert data.test.labels.tolist() == [1, 0]
-    swapped = DataArguments(
-        dataset_name=str(tmp_path / "set"), train_split="test", eval_split="train"
-    )
-    assert load_image_data(swapped).train.labels.tolist() == [1, 0]
-    with pytest.raises(InputError, match=r"--dataset_name .* cannot be loaded: .*validation"):
-        load_image_data(DataArguments(dataset_name=str(tmp_path / "set"), eval_split="validation"))
-
-
-def test_several_parquet_files_are_one_set(tmp_path):
-    files = [write_parquet(tmp_path / f"{i}.parquet", [0, 1, 1], CATS_AND_DOGS) for i in range(2)]
-    data = load_image_data(DataArguments(train_file=files, validation_file=files[:1]))
-    assert (len(data.train), len(data.test)) == (6, 3)
+    _, train, test, _ = load_data(args)
+    assert train["labels"][:] == [0, 1, 1, 0, 1, 0]
+    assert test["labels"][:] == [1, 0]
+    swapped = DataArguments(dataset_name=str(folder), train_split="test", eval_split="train")
+    assert load_data(swapped)[1]["labels"][:] == [1, 0]
+    held_out = DataArguments(dataset_name=str(folder), eval_fraction=0.34)
+    assert [len(data) for data in load_data(held_out)[1:3]] == [3, 3]
+    with pytest.raises(InputError, match=r"--eval_split dev \(without .* cannot be loaded: .*dev"):
+        load_data(DataArguments(dataset_name=str(folder), eval_split="dev"))
 
 
 @pytest.mark.parametrize(
@@ -166,37 +152,35 @@ def test_several_parquet_files_are_one_set(tmp_path):
 )
 def test_plain_labels_are_numbered_in_their_order(tmp_path, labels, feature, classes):
     file = write_parquet(tmp_path / "a.parquet", labels, feature)
-    data = load_image_data(DataArguments(train_file=[file], validation_file=[file]))
-    assert data.class_names == classes
-    assert data.train.labels.tolist() == [1, 0, 1]
+    _, train, test, names = load_data(
+        DataArguments(train_file=[file, file], validation_file=[file])
+    )
+    assert names == classes
+    assert train["labels"][:] == [1, 0, 1, 1, 0, 1]
+    assert test["labels"][:] == [1, 0, 1]
 
 
 def test_evaluation_labels_are_matched_by_name_and_not_by_number(tmp_path):
     train = write_parquet(tmp_path / "a.parquet", [0, 1], CATS_AND_DOGS)
     swapped = datasets.ClassLabel(names=["dog", "cat"])
     test = write_parquet(tmp_path / "b.parquet", [0, 0, 1], swapped)
-    data = load_image_data(DataArguments(train_file=[train], validation_file=[test]))
-    assert data.test.labels.tolist() == [1, 1, 0]
+    _, _, found, _ = load_data(DataArguments(train_file=[train], validation_file=[test]))
+    assert found["labels"][:] == [1, 1, 0]
     strange = write_parquet(tmp_path / "c.parquet", [0], datasets.ClassLabel(names=["cow"]))
-    with pytest.raises(InputError, match=r"classes that the training has not: \['cow'"):
-        load_image_data(DataArguments(train_file=[train], validation_file=[strange]))
+    with pytest.raises(InputError, match=r"evaluation examples have classes .*: \['cow'"):
+        load_data(DataArguments(train_file=[train], validation_file=[strange]))
 
 
-def test_an_image_folder_has_one_class_per_sub_folder(tmp_path):
-    # "test" as a class, because `datasets` takes such folders for splits if it is let.
-    train = write_folder(tmp_path / "train", {"cat": 2, "dog": 3, "test": 2})
-    test = write_folder(tmp_path / "val", {"dog": 2})
-    data = load_image_data(DataArguments(train_dir=train, validation_dir=test))
-    assert data.class_names == ["cat", "dog", "test"]
-    assert np.bincount(data.train.labels).tolist() == [2, 3, 2]
-    assert data.test.labels.tolist() == [1, 1]
-
-
-def test_without_evaluation_data_a_share_of_the_training_data_is_set_aside(tmp_path):
-    train = write_folder(tmp_path / "train", {"cat": 10, "dog": 10})
-    data = load_image_data(DataArguments(train_dir=train, eval_fraction=0.3))
-    assert np.bincount(data.train.labels).tolist() == [7, 7]
-    assert np.bincount(data.test.labels).tolist() == [3, 3]
+def test_an_image_folder_has_one_class_per_sub_folder_and_equal_shares_are_held_out(tmp_path):
+    folder = write_folder(tmp_path / "data", {"cat": 20, "dog": 10})
+    args = {"dataset_name": folder, "eval_fraction": 0.3}
+    _, train, test, names = load_data(DataArguments(**args))
+    assert names == ["cat", "dog"]
+    assert np.bincount(train["labels"]).tolist() == [14, 7]
+    assert np.bincount(test["labels"]).tolist() == [6, 3]
+    # The source is sorted by class; a subset has both.
+    subset = load_data(DataArguments(**args, max_train_samples=8, max_eval_samples=5))
+    assert set(subset[1]["labels"]) == set(subset[2]["labels"]) == {0, 1}
 
 
 def bad_sources(tmp_path: Path) -> dict[str, tuple[dict, str]]:
@@ -213,8 +197,6 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         tmp_path / "bytes.parquet"
     )
     (tmp_path / "text.parquet").write_text("no parquet")
-    (tmp_path / "flat").mkdir()
-    picture(0).save(tmp_path / "flat" / "a.png")
     (tmp_path / "void").mkdir()
     return {
         "no such file": ({"train_file": ["x.parquet"]}, "--train_file 'x.parquet': there is no"),
@@ -223,43 +205,32 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[dict, str]]:
             "--validation_file 'x.parquet': there is no such file",
         ),
         "no parquet": ({"train_file": [str(tmp_path / "text.parquet")]}, "cannot be loaded"),
-        "no such folder": ({"train_dir": "x"}, "--train_dir 'x': there is no such folder"),
-        "no sub-folders": (
-            {"train_dir": str(tmp_path / "flat")},
-            "only the class ['flat']: two are needed",
-        ),
-        "an empty folder": ({"train_dir": str(tmp_path / "void")}, "cannot be loaded"),
-        "some unlabeled": ({"train_file": [half]}, "1 of the 3 training images have no label"),
+        "no such folder": ({"dataset_name": "./x"}, "--dataset_name: there is no folder './x'"),
+        "an empty folder": ({"dataset_name": str(tmp_path / "void")}, "cannot be loaded"),
+        "some unlabeled": ({"train_file": [half]}, "1 of 3 examples have no label"),
         "all unlabeled": (
             {"train_file": [good], "validation_file": [none]},
-            "2 of the 2 evaluation images have no label",
+            "2 of 2 examples have no label",
         ),
-        "an empty label": ({"train_file": [empty]}, "1 of the 2 training images have no label"),
-        "no classes": ({"train_file": [floats]}, "classes must be integers or strings"),
+        "an empty label": ({"train_file": [empty]}, "1 of 2 examples have no label"),
+        "no classes": ({"train_file": [floats]}, "not integers or strings"),
         "one class": ({"train_file": [one]}, "two are needed"),
         "no images": (
             {"train_file": [str(tmp_path / "numbers.parquet")]},
-            "--image_column 'image'",
+            "--image_column 'image' does not hold images",
         ),
-        "broken images": ({"train_file": [str(tmp_path / "bytes.parquet")]}, "cannot be read as"),
-        "too few to set aside": ({"train_file": [good]}, "--eval_fraction 0.2 cannot be set aside"),
+        "broken images": (
+            {"train_file": [str(tmp_path / "bytes.parquet")]},
+            "--image_column 'image' does not hold images",
+        ),
+        "too few to hold out": ({"train_file": [good]}, "--eval_fraction 0.2 cannot be held out"),
     }
-
-
-def test_a_subset_of_a_sorted_source_has_all_its_classes(tmp_path):
-    folder = write_folder(tmp_path / "data", {"cat": 20, "dog": 20})
-    args = {"train_dir": folder, "validation_dir": folder, "max_train_samples": 10}
-    subset = load_image_data(DataArguments(**args, max_eval_samples=10))
-    assert set(subset.train.labels) == set(subset.test.labels) == {0, 1}
-    again = load_image_data(DataArguments(**args))
-    assert (again.train.labels == subset.train.labels).all()
-    assert len(again.test) == 40
 
 
 def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     for name, (arguments, message) in bad_sources(tmp_path).items():
         with pytest.raises(InputError) as error:
-            load_image_data(DataArguments(**arguments))
+            load_data(DataArguments(**arguments))
         assert message in str(error.value), name
         assert "\n" not in str(error.value), name
 
@@ -269,19 +240,20 @@ def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path):
     [
         ({"label_noise": 1.5}, "--label_noise must be from 0 to 1, got 1.5"),
         ({"label_noise": -0.1}, "--label_noise must be from 0 to 1, got -0.1"),
-        ({"label_noise_seed": 1}, "--label_noise_seed has no effect without --label_noise"),
-        ({"label_noise": 0.1, "label_noise_seed": -1}, "--label_noise_seed must be 0 or more"),
         ({"eval_fraction": 1.0}, "--eval_fraction must be between 0 and 1"),
         ({"max_train_samples": 0}, "--max_train_samples must be 1 or more"),
-        ({"image_column": "img"}, "--image_column has no effect on the built-in digits"),
-        ({"label_column": "y"}, "--label_column has no effect on the built-in digits"),
+        ({"image_column": "img"}, "--image_column has no effect on the built-in examples"),
+        ({"label_column": "y"}, "--label_column has no effect on the built-in examples"),
         ({"train_split": "x"}, "--train_split has no effect without --dataset_name"),
         ({"validation_file": ["x"]}, "--validation_file has no effect without --train_file"),
-        ({"train_file": ["x"], "validation_dir": "y"}, "--validation_dir has no effect without"),
-        ({"train_file": ["x"], "train_dir": "y"}, "give one of --train_file and --train_dir"),
+        ({"train_file": ["x"], "dataset_name": "y"}, "--dataset_name or --train_file, not both"),
         (
-            {"dataset_name": "x", "eval_fraction": 0.1},
-            "--eval_fraction has no effect: this source has its own",
+            {"train_file": ["x"], "validation_file": ["y"], "eval_fraction": 0.1},
+            "--eval_fraction has no effect on evaluation data that is given",
+        ),
+        (
+            {"dataset_name": "x", "eval_split": "dev", "eval_fraction": 0.1},
+            "--eval_fraction has no effect on evaluation data that is given",
         ),
     ],
 )
@@ -295,49 +267,54 @@ PROCESSOR = ViTImageProcessorPil(
 )
 
 
-def test_small_sets_are_kept_and_large_ones_processed_each_time_with_the_same_result(monkeypatch):
-    images = load_image_data(DataArguments(max_train_samples=4)).train
+def digits(count: int) -> datasets.Dataset:
+    return load_data(DataArguments(max_train_samples=count))[1]
+
+
+def test_small_sets_are_kept_and_large_ones_processed_on_access_with_the_same_result(monkeypatch):
+    images = digits(4)
     kept = ImageTensors(images, PROCESSOR, "RGB")
-    monkeypatch.setattr(image_data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(train_image_classification, "CACHE_BYTES", 0)
     lazy = ImageTensors(images, PROCESSOR, "RGB")
     for i in range(4):
         assert torch.equal(kept[i]["pixel_values"], lazy[i]["pixel_values"])
-        assert kept[i]["labels"] == lazy[i]["labels"] == images.labels[i]
+        assert kept[i]["labels"] == lazy[i]["labels"] == images["labels"][i]
     once, again = kept[0]["pixel_values"], kept[0]["pixel_values"]
     assert once.data_ptr() == again.data_ptr()
     once, again = lazy[0]["pixel_values"], lazy[0]["pixel_values"]
     assert once.data_ptr() != again.data_ptr()
-    pixels = np.asarray(images.image(0), dtype=np.float32) / 255 * 2 - 1
-    assert torch.allclose(kept[0]["pixel_values"], torch.tensor(pixels).expand(3, 8, 8))
+    scaled = np.asarray(images[0]["image"], dtype=np.float32) / 255 * 2 - 1
+    assert torch.allclose(kept[0]["pixel_values"], torch.tensor(scaled).expand(3, 8, 8))
 
 
 def test_the_augmentation_shifts_and_flips_and_is_seeded():
-    pixels = torch.arange(1.0, 65.0).view(1, 8, 8)
+    image = torch.arange(1.0, 65.0).view(1, 8, 8)
     torch.manual_seed(0)
-    seen = [random_crop_and_flip(pixels) for _ in range(200)]
-    assert all(image.shape == pixels.shape for image in seen)
+    seen = [random_crop_and_flip(image) for _ in range(200)]
+    assert all(each.shape == image.shape for each in seen)
     # 3 x 3 shifts by up to 1/8 of the side, each flipped or not.
-    assert len({tuple(image.flatten().tolist()) for image in seen}) == 18
-    assert any(torch.equal(image, pixels) for image in seen)
-    assert any(torch.equal(image, pixels.flip(-1)) for image in seen)
+    assert len({tuple(each.flatten().tolist()) for each in seen}) == 18
+    assert any(torch.equal(each, image) for each in seen)
+    assert any(torch.equal(each, image.flip(-1)) for each in seen)
     torch.manual_seed(0)
-    assert torch.equal(random_crop_and_flip(pixels), seen[0])
+    assert torch.equal(random_crop_and_flip(image), seen[0])
 
 
 def test_only_the_set_that_asks_for_it_is_augmented():
-    images = load_image_data(DataArguments(max_train_samples=1)).train
-    plain = ImageTensors(images, PROCESSOR, "RGB")
-    augmented = ImageTensors(images, PROCESSOR, "RGB", augment=True)
+    plain = ImageTensors(digits(1), PROCESSOR, "RGB")
+    augmented = ImageTensors(digits(1), PROCESSOR, "RGB", augment=True)
     assert all(torch.equal(plain[0]["pixel_values"], plain[0]["pixel_values"]) for _ in range(9))
     shown = [augmented[0]["pixel_values"] for _ in range(9)]
     assert any(not torch.equal(image, plain[0]["pixel_values"]) for image in shown)
 
 
 def test_an_image_that_cannot_be_read_is_named(monkeypatch):
-    images = image_data.LabeledImages([picture(0), None, picture(2)], np.zeros(3, dtype=int))
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.Value("int64")})
+    columns = {"image": [picture(0), None, picture(2)], "labels": [0, 0, 0]}
+    images = datasets.Dataset.from_dict(columns, features)
     with pytest.raises(InputError, match="image number 1 of its set cannot be read"):
         ImageTensors(images, PROCESSOR, "RGB")
-    monkeypatch.setattr(image_data, "CACHE_BYTES", 0)
+    monkeypatch.setattr(train_image_classification, "CACHE_BYTES", 0)
     lazy = ImageTensors(images, PROCESSOR, "RGB")
     assert lazy[2]["labels"] == 0
     with pytest.raises(InputError, match="image number 1 of its set cannot be read"):

@@ -4,42 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
-import sys
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from slow import slow_unless
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-
-import train_causal_lm
-from common.lm_data import (
-    DataArguments,
-    all_texts,
-    language_reference,
-    load_lm_data,
-    train_tokenizer,
-)
-from common.script_utils import InputError, OptionParser, run_script
+from common import experiment
+from common.arguments import DataArguments
+from common.cli import InputError, OptionParser
+from common.data import train_tokenizer
 from peft import PeftModel
-from train_causal_lm import LanguageModelArguments, TrainArguments, main
+from train_causal_lm import (
+    LanguageModelArguments,
+    TrainArguments,
+    build_model,
+    language_reference,
+    load_data,
+    main,
+)
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "train_causal_lm.py"
-TINY = "--hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --vocab_size 300"
+TINY = "--config_overrides hidden_size=8,num_hidden_layers=1,num_attention_heads=2"
 SHORT = (
     "--use_cpu --activation_checkpointing false --max_length 32 --per_device_train_batch_size 2 "
     "--per_device_eval_batch_size 512 --save_strategy no --max_steps 2 --learning_rate 1e-2"
 )
 PACKED = f"{SHORT} --packing --packing_strategy wrapped"
 TEXTS = ["The quick brown fox jumps.", "Over the lazy dog it goes.", "And the cat looks on."]
+MESSAGES = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +64,9 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def base(tmp_path, corpus) -> Path:
-    run(tmp_path / "base", f"{TINY} {PACKED} --max_steps 1 --train_file {corpus}")
+    """An untrained model and its tokenizer, as a run saves them."""
+    run(tmp_path / "base", f"{TINY} {PACKED} --max_steps 1 --sam_rho 0 --train_file {corpus}")
     return tmp_path / "base"
-
-
-def bits(folder: Path, name: str = "model.safetensors") -> bytes:
-    return (folder / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------------ the whole job
@@ -81,7 +78,7 @@ def test_the_default_job_saves_model_tokenizer_results_and_picture(tmp_path, cap
     for name in ("model.safetensors", "tokenizer.json", "README.md", "curves.png"):
         assert (tmp_path / name).is_file(), name
     assert [r.name for r in runs] == ["SAM (rho 0.1)", "AdamW"]
-    assert runs[0].passes == runs[1].passes  # at equal compute
+    assert runs[0].passes == runs[1].passes  # equal compute
     results = json.loads((tmp_path / "results.json").read_text())
     saved = json.loads((tmp_path / "all_results.json").read_text())
     assert runs[0].scores == {"loss": saved["eval_loss"], "perplexity": saved["eval_perplexity"]}
@@ -91,17 +88,6 @@ def test_the_default_job_saves_model_tokenizer_results_and_picture(tmp_path, cap
     output = capsys.readouterr().out
     assert "language reference of Python 3" in output
     assert f"{runs[0].score:.4f}" in output
-
-
-@pytest.mark.parametrize("packing", ["", "--packing"])
-def test_texts_without_a_token_to_predict_are_refused(tmp_path, corpus, packing):
-    empty = write(tmp_path / "empty.jsonl", [{"text": ""}] * 8)
-    for files, which in (
-        (f"--train_file {empty} --validation_file {corpus}", "training"),
-        (f"--train_file {corpus} --validation_file {empty}", "evaluation"),
-    ):
-        with pytest.raises(InputError, match=f"the {which} texts are empty"):
-            run(tmp_path / which, f"{TINY} {packing} {files}")
 
 
 def test_the_saved_model_has_the_reported_loss(tmp_path, corpus):
@@ -121,13 +107,17 @@ def test_the_saved_model_has_the_reported_loss(tmp_path, corpus):
     assert total / tokens == pytest.approx(result.score, rel=1e-5)
 
 
-def test_a_run_that_is_resumed_ends_where_it_would_have_ended(tmp_path, corpus):
-    options = f"{TINY} {PACKED} --train_file {corpus} --save_strategy steps --save_steps 1"
+@slow_unless(kind=["adapters"])
+@pytest.mark.parametrize("kind", ["model", "adapters"])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, base, corpus, kind):
+    options = f"{PACKED} --train_file {corpus} --model_name_or_path {base} --save_strategy steps"
+    options += " --save_steps 1" + (" --use_lora" if kind == "adapters" else "")
     run(tmp_path / "a", options)
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "checkpoint-1").rename(tmp_path / "b" / "checkpoint-1")
     run(tmp_path / "b", f"{options} --resume_from_checkpoint last")
-    assert bits(tmp_path / "a") == bits(tmp_path / "b")
+    name = "adapter_model.safetensors" if kind == "adapters" else "model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_padding_free_packing_does_not_change_the_count_of_epochs(tmp_path, corpus):
@@ -139,11 +129,11 @@ def test_padding_free_packing_does_not_change_the_count_of_epochs(tmp_path, corp
 # --------------------------------------------------------------------------------------------- LoRA
 
 
-def test_lora_trains_the_adapters_alone_and_they_load_on_the_base(
+def test_lora_trains_only_the_adapters_and_they_load_on_the_base(
     tmp_path, base, corpus, monkeypatch
 ):
     trainers = []
-    monkeypatch.setattr(train_causal_lm, "publish", lambda trainer, card: trainers.append(trainer))
+    monkeypatch.setattr(experiment, "publish", lambda trainer, **card: trainers.append(trainer))
     adapt = f"--model_name_or_path {base} --use_lora --lora_target_modules all-linear --lora_r 4"
     run(
         tmp_path / "lora", f"{PACKED} --train_file {corpus} {adapt} --sam_rho 0.5 --logging_steps 1"
@@ -169,19 +159,8 @@ def test_lora_trains_the_adapters_alone_and_they_load_on_the_base(
     with torch.no_grad():
         expected = trained.eval()(tokens).logits
         assert torch.equal(loaded.eval()(tokens).logits, expected)
-        assert not torch.equal(plain.eval()(tokens).logits, expected)  # something was learnt
+        assert not torch.equal(plain.eval()(tokens).logits, expected)  # the adapters have an effect
     assert loaded.peft_config["default"].r == 4
-
-
-def test_adapters_that_are_resumed_end_where_they_would_have_ended(tmp_path, base, corpus):
-    options = f"{PACKED} --train_file {corpus} --model_name_or_path {base} --use_lora"
-    options += " --save_strategy steps --save_steps 1"
-    run(tmp_path / "a", options)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "a" / "checkpoint-1").rename(tmp_path / "b" / "checkpoint-1")
-    run(tmp_path / "b", f"{options} --resume_from_checkpoint last")
-    name = "adapter_model.safetensors"
-    assert bits(tmp_path / "a", name) == bits(tmp_path / "b", name)
 
 
 def test_adapters_that_cannot_be_made_are_refused(tmp_path, base, corpus):
@@ -191,7 +170,7 @@ def test_adapters_that_cannot_be_made_are_refused(tmp_path, base, corpus):
             run(tmp_path / "out", f"{options} {option}")
 
 
-def test_weights_are_loaded_in_fp32_whatever_they_are_stored_in(tmp_path, base, corpus):
+def test_weights_stored_in_bf16_are_trained_in_fp32(tmp_path, base, corpus):
     AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
     run(tmp_path / "out", f"{PACKED} --train_file {corpus} --model_name_or_path {base}")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -201,7 +180,16 @@ def test_weights_are_loaded_in_fp32_whatever_they_are_stored_in(tmp_path, base, 
 # --------------------------------------------------------------------------------------------- data
 
 
-def test_no_paragraph_of_the_language_reference_stands_in_two_of_its_topics():
+def test_sizes_that_depend_on_config_overrides_follow_them():
+    overrides = "hidden_size=48,num_attention_heads=3"
+    args = LanguageModelArguments(config_overrides=overrides)
+    train = datasets.Dataset.from_dict({"text": TEXTS})
+    model, _ = build_model(args, SimpleNamespace(max_length=32), train)
+    assert (model.config.head_dim, model.config.num_key_value_heads) == (16, 3)
+    assert model(torch.tensor([[1, 2]])).logits.shape[:2] == (1, 2)
+
+
+def test_no_paragraph_of_the_language_reference_is_in_two_of_its_topics():
     texts = language_reference()["text"]
     topics = [{part.strip() for part in text.split("\n\n")} for text in texts]
     assert sum(map(len, topics)) == len(set.union(*topics))
@@ -209,15 +197,12 @@ def test_no_paragraph_of_the_language_reference_stands_in_two_of_its_topics():
     assert min(map(len, texts)) >= 300
 
 
-def test_the_split_is_the_same_every_time_and_has_no_text_on_both_sides():
-    _, train, test = load_lm_data(DataArguments(), "text")
-    _, again, _ = load_lm_data(DataArguments(max_train_samples=3), "text")
+def test_the_split_is_the_same_every_time_and_has_no_text_in_both_sets():
+    _, train, test = load_data(DataArguments(), "text")
+    _, again, _ = load_data(DataArguments(max_train_samples=3), "text")
     assert not set(train["text"]) & set(test["text"])
     assert set(again["text"]) < set(train["text"])
     assert len(test) == round(0.2 * (len(train) + len(test)))
-
-
-MESSAGES = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.mark.parametrize(
@@ -233,8 +218,8 @@ MESSAGES = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "conten
         ),
         (
             "a.json",
-            json.dumps([{"prompt": "an id", "messages": MESSAGES}] * 2),
-            ["messages"],
+            json.dumps([{"prompt": "an id", "messages": MESSAGES, "tools": "[]"}] * 2),
+            ["messages", "tools"],
             [MESSAGES] * 2,
         ),
     ],
@@ -243,12 +228,12 @@ def test_local_files_give_the_columns_that_trl_trains_on(tmp_path, name, content
     file = tmp_path / name
     file.write_text(content)
     args = DataArguments(train_file=[str(file)], validation_file=[str(file)])
-    _, train, test = load_lm_data(args, "text")
+    _, train, test = load_data(args, "text")
     assert train.column_names == test.column_names == columns
     assert train[columns[0]][:] == rows
 
 
-def test_prompts_with_completions_train_and_their_prompts_do_not_count(tmp_path):
+def test_the_loss_is_that_of_the_completions_without_their_prompts(tmp_path):
     rows = [{"prompt": "Question? " * 3, "completion": "No."}] * 4
     file = write(tmp_path / "pairs.jsonl", rows)
     losses = []
@@ -259,21 +244,12 @@ def test_prompts_with_completions_train_and_their_prompts_do_not_count(tmp_path)
 
 
 def test_the_tokenizer_gives_every_text_back_and_knows_where_it_ends():
-    tokenizer = train_tokenizer(all_texts(datasets.Dataset.from_dict({"text": TEXTS * 5})), 300)
+    tokenizer = train_tokenizer(iter(TEXTS * 5), 300)
     text = "Größe: 日本 \t\n<b> fox"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len({tokenizer.eos_token_id, tokenizer.pad_token_id, None}) == 3
     assert len(tokenizer) <= 300
     assert len(tokenizer("The quick brown fox")["input_ids"]) < 15  # it has learnt some words
-
-
-def test_examples_that_are_cut_off_are_counted_in_a_warning(tmp_path, corpus):
-    options = f"{TINY} {SHORT} --train_file {corpus} --max_steps 1 --max_length 5"
-    with pytest.warns(UserWarning, match="7 of the 7 training examples are cut off at --max_le"):
-        run(tmp_path / "a", options)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*cut off at.*")
-        run(tmp_path / "b", f"{options} --packing --packing_strategy wrapped")
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -283,30 +259,26 @@ def test_examples_that_are_cut_off_are_counted_in_a_warning(tmp_path, corpus):
     ("options", "message"),
     [
         ("--lora_r 4", "--lora_r has no effect without --use_lora"),
-        ("--use_lora", "--use_lora needs --model_name_or_path"),
-        ("--use_lora --model_name_or_path x --lora_dropout 1", "--lora_dropout must be from 0"),
-        ("--vocab_size 300 --model_name_or_path x", "--vocab_size has no effect with --model_name"),
+        ("--use_lora", "--use_lora has no effect on an untrained model"),
+        ("--use_lora --model_name_or_path x --lora_dropout 2", "--lora_dropout must be from 0 to"),
+        ("--use_lora --model_name_or_path {tmp}", "holds adapters, which new ones would replace"),
+        ("--config_overrides a=1 --model_name_or_path x", "has no effect with --model_name_or_pa"),
+        ("--config_overrides no_such=1", "--config_overrides 'no_such=1': key no_such"),
         ("--model_name_or_path {tmp}/nowhere", "--model_name_or_path: there is no folder"),
-        ("--hidden_size 9 --num_attention_heads 2", "--hidden_size 9 must be a multiple of"),
-        ("--model_init_kwargs {{}}", "--model_init_kwargs has no effect"),
         ("--sam_rho -1", "sam_rho=-1.0 is not allowed"),
-        ("--sam_roh 1", r"unknown option --sam_roh \(did you mean --sam_rho\?\)"),
         ("--packing_strategy tight", "tight"),
-        ("--train_file nowhere.txt", "--train_file 'nowhere.txt': there is no such file"),
-        ("--train_file {tmp}/a.md", "the names must end in .txt or"),
-        ("--train_file {tmp}/other.jsonl", r"'text' \(did you mean texts\?\), nor messages, nor"),
-        ("--train_file {tmp}/none.jsonl", "'text' of the training examples holds NoneType where"),
-        ("--train_file {tmp}/one.jsonl", "--eval_fraction 0.2 cannot be set aside"),
+        ("--train_file {tmp}/other.jsonl", r"--dataset_text_field: .*'text' \(did you mean texts"),
+        ("--train_file {tmp}/none.jsonl", "--dataset_text_field 'text' holds NoneType"),
+        ("--train_file {tmp}/one.jsonl", "--eval_fraction 0.2 cannot be held out"),
         (
             "--train_file {tmp}/one.jsonl --validation_file {tmp}/other.jsonl",
-            "the evaluation examples have no column 'text'",
+            "--dataset_text_field: there is no column 'text'",
         ),
         ("--train_file {tmp}/chat.jsonl", "chat_template"),
-        ("--validation_file x.txt", "--validation_file has no effect without --train_file"),
     ],
 )
 def test_bad_input_is_refused_before_the_training(tmp_path, options, message):
-    (tmp_path / "a.md").write_text("text")
+    (tmp_path / "adapter_config.json").write_text("{}")
     write(tmp_path / "other.jsonl", [{"texts": "a"}] * 5)
     write(tmp_path / "none.jsonl", [{"text": "a"}, {"text": None}] * 3)
     write(tmp_path / "one.jsonl", [{"text": "a"}])
@@ -314,30 +286,7 @@ def test_bad_input_is_refused_before_the_training(tmp_path, options, message):
     with pytest.raises(InputError, match=message) as error:
         run(tmp_path / "out", f"--use_cpu {options.format(tmp=tmp_path)}")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_bad_input_from_the_command_line_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
-    with pytest.raises(SystemExit) as end:
-        run_script(main, ["--train_file", "nowhere.txt", "--output_dir", str(tmp_path)])
-    assert end.value.code == 2
-    output = capsys.readouterr()
-    assert (output.out, len(output.err.splitlines())) == ("", 1)
-    assert "error: --train_file 'nowhere.txt'" in output.err
-
-
-@pytest.mark.parametrize("script", ["train_causal_lm", "train_grpo"])
-def test_without_trl_the_scripts_say_in_one_line_what_to_install(script, monkeypatch, capsys):
-    file = SCRIPT.with_name(f"{script}.py")
-    monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setattr(sys, "argv", [str(file)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(file), run_name="__main__")
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{script}.py: error: ") and "pip install 'sam-hf[trl]'" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("file", ["pydoc_lm", "pydoc_lm_lora"])
@@ -346,14 +295,8 @@ def test_the_configs_are_valid(file):
     data_args, model_args, training_args = parser.parse([str(ROOT / "configs" / f"{file}.yaml")])
     assert training_args.sam_rho > 0
     assert training_args.output_dir == f"outputs/{file}"
-    assert data_args.source is None
+    assert data_args.is_built_in
     assert model_args.use_lora == ("lora" in file)
-
-
-def test_adapters_are_not_taken_for_the_model_that_new_ones_go_into(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="holds adapters, which new ones would replace"):
-        main(["--model_name_or_path", str(tmp_path), "--use_lora", "--output_dir", f"{tmp_path}/o"])
 
 
 def test_the_help_names_the_options_of_sam_trl_and_lora():

@@ -10,31 +10,33 @@ import warnings
 from pathlib import Path
 
 import datasets
-import evaluate
 import numpy as np
 import pytest
 import torch
-from common import experiment, training_utils
+from common import experiment, runs
+from common.cli import InputError, OptionParser, run_script
 from common.experiment import method_name
-from common.image_arguments import DataArguments, ModelArguments, TrainArguments
-from common.image_data import load_image_data
-from common.script_utils import InputError, OptionParser, run_script
 from PIL import Image
-from train_image_classification import main
+from train_image_classification import (
+    DataArguments,
+    ModelArguments,
+    TrainArguments,
+    load_data,
+    main,
+)
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, pipeline
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_image_classification.py"
-TINY = "--hidden_size 8 --num_hidden_layers 1 --num_attention_heads 2 --use_cpu"
-SHORT = f"{TINY} --per_device_train_batch_size 16 --per_device_eval_batch_size 512"
-DIGITS = f"{SHORT} --max_train_samples 64 --eval_strategy epoch --save_strategy no"
+TINY = "--use_cpu --config_overrides num_hidden_layers=1,num_attention_heads=2,hidden_size={}"
+SHORT = f"{TINY.format(8)} --per_device_train_batch_size 16 --per_device_eval_batch_size 512"
+DIGITS = f"{SHORT} --max_train_samples 64 --max_eval_samples 90 --save_strategy no"
+DIGITS += " --eval_strategy epoch"
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
 
 
 def run(folder: Path, options: str):
@@ -67,7 +69,7 @@ def test_the_digits_job_saves_model_processor_metrics_and_picture(tmp_path, caps
     assert results["data_arguments"]["label_noise"] == 0.5
     assert results["training_arguments"]["sam_rho"] == 0.1
     output = capsys.readouterr().out
-    assert "32 training labels are wrong" in output
+    assert "digits, 50% label noise: 64 training and 90 test images" in output
     for r in runs:
         assert f"{r.score:.4f}\n" in output
     assert [r.name for r in runs] == ["SAM (rho 0.1)", "AdamW"]
@@ -107,26 +109,20 @@ def test_the_plain_run_is_the_one_that_the_script_makes_with_rho_0(tmp_path):
 
 
 def test_the_saved_model_and_processor_give_the_reported_accuracy_and_serve_a_pipeline(tmp_path):
-    (result,) = run(tmp_path, f"{DIGITS} --hidden_size 32 --max_steps 40 --learning_rate 1e-2")
+    (result,) = run(
+        tmp_path,
+        f"{DIGITS} {TINY.format(32)},intermediate_size=64 --max_steps 40 --learning_rate 1e-2",
+    )
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    test = load_image_data(DataArguments()).test
-    images = [test.image(i) for i in range(len(test))]
+    _, _, test, _ = load_data(DataArguments(max_eval_samples=90))
+    images = [row["image"] for row in test]
     with torch.no_grad():
         logits = model(**processor(images, return_tensors="pt")).logits
-    assert (logits.argmax(-1).numpy() == test.labels).mean() == result.score
+    assert (logits.argmax(-1).numpy() == np.array(test["labels"])).mean() == result.score
     assert len(logits.argmax(-1).unique()) > 2  # a constant prediction would prove little
     label = pipeline("image-classification", model=str(tmp_path))(images[0], top_k=1)[0]["label"]
     assert label == str(logits[0].argmax().item())
-
-
-def test_the_number_of_threads_is_that_of_the_option(tmp_path):
-    before = torch.get_num_threads()
-    try:
-        run(tmp_path, f"{DIGITS} --max_steps 1 --torch_num_threads 2")
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_run_is_repeated_exactly_by_its_seed(tmp_path):
@@ -141,14 +137,14 @@ def test_what_is_finished_is_kept_when_the_plain_half_is_interrupted(tmp_path, m
     def train(trainer, name, *args, **kwargs):
         if name == "AdamW":
             raise KeyboardInterrupt
-        return training_utils.train(trainer, name, *args, **kwargs)
+        return runs.train(trainer, name, *args, **kwargs)
 
     monkeypatch.setattr(experiment, "train", train)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, f"{DIGITS} --num_train_epochs 1 --sam_rho 0.1 --compare_with_plain")
     results = json.loads((tmp_path / "results.json").read_text())
     assert [each["name"] for each in results["runs"]] == ["SAM (rho 0.1)"]
-    assert "64 training and 360 test images" in results["data"]
+    assert "64 training and 90 test images" in results["data"]
 
 
 def test_a_run_that_is_resumed_ends_where_it_would_have_ended(tmp_path, capsys):
@@ -174,39 +170,29 @@ def write_folder(folder: Path, classes: tuple[str, ...], size: tuple[int, int] =
     return folder
 
 
-def test_an_image_folder_trains_and_a_pretrained_model_goes_on_from_there(tmp_path, recwarn):
+def test_an_image_folder_trains_and_a_pretrained_model_continues_from_its_weights(tmp_path):
     folder = write_folder(tmp_path / "data", ("cat", "dog"))
-    first = tmp_path / "first"
-    (result,) = run(
-        first, f"{SHORT} --train_dir {folder} --eval_fraction 0.34 --augment --max_steps 2"
-    )
+    first, held_out = tmp_path / "first", "--eval_fraction 0.34"
+    (result,) = run(first, f"{SHORT} --dataset_name {folder} {held_out} --augment --max_steps 2")
     model = AutoModelForImageClassification.from_pretrained(first)
     assert model.config.id2label == {0: "cat", 1: "dog"}
-    assert model.config.image_size == 12  # of the first image
+    assert model.config.image_size == 12  # that of the first image
     assert 0 <= result.score <= 1
 
-    options = f"--model_name_or_path {first} --use_cpu --learning_rate 0 --max_steps 1"
-    (again,) = run(tmp_path / "again", f"{options} --train_dir {folder} --eval_fraction 0.34")
+    options = f"--model_name_or_path {first} --use_cpu --learning_rate 0 --max_steps 1 {held_out}"
+    (again,) = run(tmp_path / "again", f"{options} --dataset_name {folder}")
     assert again.score == result.score  # learning rate 0: the pretrained weights were used
 
-    said = [str(w.message) for w in recwarn if "its head was trained for" in str(w.message)]
-    assert said == []
-    others = write_folder(tmp_path / "others", ("ant", "bee"))
-    run(tmp_path / "other", f"{options} --train_dir {others} --eval_fraction 0.34")
-    said = [str(w.message) for w in recwarn if "its head was trained for" in str(w.message)]
-    assert len(said) == 1 and "classes cat, dog, in this order, and goes on as" in said[0]
-    assert said[0].endswith("that of ant, bee")
-
     three = write_folder(tmp_path / "three", ("cat", "dog", "cow"))
-    with pytest.raises(InputError, match=r"--ignore_mismatched_sizes"):
-        run(tmp_path / "x", f"{options} --train_dir {three}")
-    run(tmp_path / "x", f"{options} --train_dir {three} --ignore_mismatched_sizes")
+    with pytest.raises(InputError, match=r"not one for 3 classes; --ignore_mismatched_sizes"):
+        run(tmp_path / "x", f"{options} --dataset_name {three}")
+    run(tmp_path / "x", f"{options} --dataset_name {three} --ignore_mismatched_sizes")
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "x").config.num_labels == 3
 
 
 def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_path):
     folder = write_folder(tmp_path / "data", ("cat", "dog"))
-    options = f"--train_dir {folder} --max_steps 1"
+    options = f"--dataset_name {folder} --eval_fraction 0.34 --max_steps 1"
     run(tmp_path / "a", f"{SHORT} {options}")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "a")
@@ -219,34 +205,38 @@ def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_pat
     ("options", "message"),
     [
         ("--model_name_or_path {tmp}/nowhere", "--model_name_or_path: there is no folder"),
-        ("--model_name_or_path x --hidden_size 8", "--hidden_size has no effect with --model_name"),
+        (
+            "--model_name_or_path x --config_overrides hidden_size=8",
+            "--config_overrides has no effect with --model_name_or_path",
+        ),
         ("--ignore_mismatched_sizes", "--ignore_mismatched_sizes has no effect without --model"),
-        ("--patch_size 3", "--image_size 8 must be a multiple of --patch_size, which is 3"),
+        ("--config_overrides patch_size=3", "patch_size=3 must divide image_size=8"),
         (
-            "--hidden_size 9 --num_attention_heads 2",
-            "--hidden_size 9 must be a multiple of --num_a",
+            "--config_overrides hidden_size=9,num_attention_heads=2",
+            "--config_overrides: num_attention_heads=2 must divide hidden_size=9",
         ),
-        ("--depth 10", "--depth has no effect on a vit: it is of --model_type wide_resnet"),
+        ("--config_overrides depth=10", "--config_overrides 'depth=10': key depth isn't in"),
+        ("--config_overrides hidden_size", "--config_overrides 'hidden_size': "),
         (
-            "--model_type wide_resnet --hidden_size 8",
-            "--hidden_size has no effect on a wide_resnet: it is of --model_type vit",
+            "--model_type wide_resnet --config_overrides hidden_size=8",
+            "--config_overrides 'hidden_size=8': key hidden_size isn't in",
         ),
-        ("--model_type wide_resnet --patch_size 4", "--patch_size has no effect on a wide_resnet"),
-        ("--model_type wide_resnet --depth 12", "--depth=12 is not allowed. Allowed: 6 n"),
-        ("--model_type wide_resnet --dropout 1", "--dropout=1.0 is not allowed"),
+        ("--model_type wide_resnet --config_overrides depth=12", "depth=12 is not allowed. Allow"),
+        ("--model_type wide_resnet --config_overrides dropout=1", "dropout=1.0 is not allowed"),
         ("--model_type resnet", "--model_type.*: invalid choice: .resnet."),
         ("--model_name_or_path x --model_type vit", "--model_type has no effect with --model_name"),
-        ("--model_name_or_path x --dropout 0", "--dropout has no effect with --model_name"),
-        ("--num_hidden_layers 0", "--num_hidden_layers must be 1 or more, got 0"),
         (
             "--max_train_samples 64 --dataloader_drop_last true --per_device_train_batch_size 99",
-            "--dataloader_drop_last leaves nothing of 64 training examples in batches of 99",
+            "--dataloader_drop_last leaves no batch of 64 examples: choose",
         ),
         ("--sam_rho 0 --compare_with_plain", "--compare_with_plain has no effect with --sam_rho 0"),
         ("--torch_num_threads 0", "--torch_num_threads must be 1 or more, got 0"),
         ("--sam_rho -1", "sam_rho=-1.0 is not allowed"),
         ("--report_to wandb", "wandb"),
-        ("--train_dir {tmp}/wide", "--image_size is needed: the first image is 9 x 5, no square"),
+        (
+            "--dataset_name {tmp}/wide --eval_fraction 0.34",
+            "--config_overrides image_size=... is needed: 9 x 5 images",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_the_training(tmp_path, options, message):
@@ -258,15 +248,15 @@ def test_options_that_do_not_fit_are_refused_before_the_training(tmp_path, optio
 
 def test_bad_input_from_the_command_line_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr("common.script_utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr("common.cli.logging.disable_progress_bar", lambda: None)
     folder = write_folder(tmp_path / "data", ("cat", "dog"))
     (tmp_path / "key.yaml").write_text("sam_roh: 1")
     for options in (
         ["nowhere.yaml"],
         [str(tmp_path / "key.yaml")],
         ["--train_file", "nowhere.parquet"],
-        ["--train_dir", str(folder), "--label_column", "breed"],
-        ["--train_dir", str(folder / "cat")],
+        ["--dataset_name", str(folder), "--eval_fraction", "0.3", "--label_column", "breed"],
+        ["--dataset_name", str(folder / "cat"), "--eval_fraction", "0.3"],
         ["--label_noise", "2"],
     ):
         with pytest.raises(SystemExit) as end:
@@ -334,7 +324,8 @@ def test_the_configs_are_valid(file):
 def test_the_configs_of_the_wide_resnet_differ_in_size_alone():
     parser = OptionParser((DataArguments, ModelArguments, TrainArguments))
     read = [parser.parse([f"{ROOT}/configs/wrn_cifar10{end}.yaml"]) for end in ("", "_small")]
-    assert [(m.depth, m.width) for _, m, _ in read] == [(16, 8), (10, 1)]
+    sizes = [m.config_overrides for _, m, _ in read]
+    assert sizes == ["depth=16,width=8,dropout=0.0", "depth=10,width=1"]
     for data_args, _, args in read:
         assert data_args.augment
         assert (args.optim, args.optim_args) == ("sgd", "momentum=0.9")

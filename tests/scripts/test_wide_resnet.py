@@ -5,27 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import datasets
-import evaluate
 import numpy as np
 import pytest
 import torch
-from common.image_arguments import DataArguments, ModelArguments
-from common.image_data import CIFAR10_MEAN, ImageTensors, load_image_data
-from common.wide_resnet import WideBlock, WideResNetConfig, WideResNetForImageClassification
+from models.wide_resnet import WideBlock, WideResNetConfig, WideResNetForImageClassification
 from PIL import Image
-from train_image_classification import build_model, main
+from train_image_classification import (
+    CIFAR10_MEAN,
+    DataArguments,
+    ImageTensors,
+    ModelArguments,
+    build_model,
+    load_data,
+    main,
+)
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-SCRIPT = "--model_type wide_resnet --depth 10 --width 1 --optim sgd --use_cpu --save_strategy no"
+NEW = "--model_type wide_resnet --config_overrides depth=10,width=1"
+SCRIPT = f"{NEW} --optim sgd --use_cpu --save_strategy no"
 BATCHES = "--per_device_train_batch_size 16 --per_device_eval_batch_size 512"
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
 
 
 def build(**options) -> WideResNetForImageClassification:
@@ -127,12 +125,12 @@ def test_the_script_trains_it_with_sam_and_what_it_saves_serves_a_pipeline(tmp_p
     assert isinstance(model, WideResNetForImageClassification)
     assert (model.config.depth, model.config.width, model.config.image_size) == (10, 1, 8)
     processor = AutoImageProcessor.from_pretrained(first, backend="pil")
-    test = load_image_data(DataArguments()).test
-    images = [test.image(i).convert("RGB") for i in range(len(test))]
+    _, _, test, _ = load_data(DataArguments())
+    images = [row["image"].convert("RGB") for row in test]
     with torch.no_grad():
         logits = model(**processor(images, return_tensors="pt")).logits
-    assert (logits.argmax(-1).numpy() == test.labels).mean() == result.score
-    label = pipeline("image-classification", model=str(first))(test.image(0), top_k=1)[0]["label"]
+    assert (logits.argmax(-1).numpy() == np.array(test["labels"])).mean() == result.score
+    label = pipeline("image-classification", model=str(first))(images[0], top_k=1)[0]["label"]
     assert label == str(logits[0].argmax().item())
 
     again = ["--model_name_or_path", str(first), "--use_cpu", "--learning_rate", "0"]
@@ -144,15 +142,15 @@ def test_the_script_trains_it_with_sam_and_what_it_saves_serves_a_pipeline(tmp_p
 
 
 def test_the_sizes_that_are_not_given_are_those_of_the_configuration():
-    data = load_image_data(DataArguments())
-    model, _ = build_model(ModelArguments(model_type="wide_resnet", dropout=0.25), data)
-    config = model.config
+    args = ModelArguments(model_type="wide_resnet", config_overrides="dropout=0.25")
+    with torch.device("meta"):
+        config = build_model(args, list("0123456789"), (8, 8))[0].config
     assert (config.depth, config.width, config.dropout, config.num_labels) == (16, 8, 0.25, 10)
 
 
 def test_an_image_of_the_mean_colour_of_cifar10_becomes_zeros():
-    data = load_image_data(DataArguments())
-    _, processor = build_model(ModelArguments(model_type="wide_resnet", depth=10, width=1), data)
+    args = ModelArguments(model_type="wide_resnet", config_overrides="depth=10,width=1")
+    _, processor = build_model(args, ["a", "b"], (8, 8))
     colour = np.round(255 * np.array(CIFAR10_MEAN)).astype(np.uint8)
     image = Image.fromarray(np.tile(colour, (8, 8, 1)))
     pixels = processor(image, return_tensors="pt")["pixel_values"]
@@ -176,7 +174,7 @@ def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
 
     model = AutoModelForImageClassification.from_pretrained(tmp_path).double()
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
-    data = load_image_data(DataArguments(max_train_samples=16))
+    _, train, test, _ = load_data(DataArguments(max_train_samples=16))
 
     def losses(images) -> tuple[torch.Tensor, torch.Tensor]:
         rows = list(ImageTensors(images, processor, "RGB"))
@@ -187,12 +185,12 @@ def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
         return (1 - epsilon) * plain + epsilon * nll.mean(), plain
 
     with torch.no_grad():
-        smoothed, plain = losses(data.test)  # in one batch, by the running statistics
+        smoothed, plain = losses(test)  # in one batch, by the running statistics
     assert history[-1]["eval_loss"] == pytest.approx(smoothed.item(), rel=1e-4)
     assert history[-1]["eval_loss"] != pytest.approx(plain.item(), rel=0.01)
 
     model.train()
-    loss, plain = losses(data.train)
+    loss, plain = losses(train)
     assert history[0]["loss"] != pytest.approx(plain.item(), rel=0.05)
     weights = list(model.parameters())
     gradient = torch.autograd.grad(loss, weights)
@@ -200,7 +198,7 @@ def test_both_passes_of_sam_see_the_smoothed_labels(tmp_path):
     with torch.no_grad():
         for weight, g in zip(weights, gradient, strict=True):
             weight += rho * g / norm
-    perturbed, _ = losses(data.train)
+    perturbed, _ = losses(train)
     descent = torch.autograd.grad(perturbed, weights)
     by_hand = {
         "loss": loss,

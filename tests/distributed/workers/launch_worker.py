@@ -108,6 +108,27 @@ def counting_bytes() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def noting_layout(found: list[str]) -> Iterator[None]:
+    """Append what the first step runs: the model's wrapper, its weights and their precision."""
+    original = Trainer.training_step
+
+    def training_step(self: Trainer, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not found:
+            plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+            zero = f" (ZeRO-{plugin.zero_stage})" if plugin is not None else ""
+            dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+            parts = [type(model).__name__ + zero, f"{' and '.join(dtypes)} weights"]
+            if self.accelerator.mixed_precision != "no":
+                parts.append(f"{self.accelerator.mixed_precision} compute")
+            parts += ["loss scaling"] if self.accelerator.scaler is not None else []
+            found.append(", ".join(parts))
+        return original(self, model, *args, **kwargs)
+
+    with patch.object(Trainer, "training_step", training_step):
+        yield
+
+
 SHIMS = {
     shim.__name__: shim
     for shim in (as_on_a_gpu, with_loss_scaling, without_compiler, counting_bytes)
@@ -117,11 +138,12 @@ SHIMS = {
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """What the script printed, and how it ended."""
     output, errors = io.StringIO(), io.StringIO()
-    environment, code = dict(os.environ), 0
+    environment, code, layout = dict(os.environ), 0, list[str]()
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(output))
         stack.enter_context(redirect_stderr(errors))
         stack.enter_context(patch("torch.distributed.run.run", run_in_this_process))
+        stack.enter_context(noting_layout(layout))
         for shim in case["shims"]:
             stack.enter_context(SHIMS[shim]())
         try:
@@ -133,7 +155,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
             errors.write(traceback.format_exc())
     os.environ.clear()
     os.environ.update(environment)
-    return {"code": code, "output": output.getvalue(), "errors": errors.getvalue()}
+    result = {"code": code, "output": output.getvalue(), "errors": errors.getvalue()}
+    return {**result, "layout": next(iter(layout), None)}
 
 
 if __name__ == "__main__":

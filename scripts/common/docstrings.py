@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.script_utils import InputError
+import datasets
+from common.cli import InputError
+from common.data import SPLIT_SEED, Sets
 
 MIN_WORDS = 5  # shorter ones ("Return a copy.") could come from anywhere
 
@@ -73,6 +75,22 @@ def read_docstrings() -> list[Docstring]:
             "of your own with --train_file or --dataset_name"
         )
     return list(found.values())
+
+
+def split_docstrings(eval_fraction: float) -> Sets:
+    """A training and an evaluation set of docstrings with their sections.
+
+    All docstrings of one class or function are in the same set, as they share phrases.
+    """
+    from sklearn.model_selection import GroupShuffleSplit  # here: importing it takes a second
+
+    found = read_docstrings()
+    columns = {"text": [d.text for d in found], "label": [d.section for d in found]}
+    sections = datasets.ClassLabel(names=list(SECTIONS))
+    data = datasets.Dataset.from_dict(columns).cast_column("label", sections)
+    splitter = GroupShuffleSplit(1, test_size=eval_fraction, random_state=SPLIT_SEED)
+    train, test = next(splitter.split(found, groups=[d.definition for d in found]))
+    return data.select(train), data.select(test)
 
 
 def _add(found: dict[tuple[str, ...], Docstring], section: int, module: str, file: Path) -> None:

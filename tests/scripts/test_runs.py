@@ -1,46 +1,17 @@
-"""The metric, the count of compute and the picture that the training scripts share."""
+"""Training runs: count of compute, scores, progress bar, table and picture."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import evaluate
-import numpy as np
 import pytest
 import torch
-from common.training_utils import Run, format_runs, load_metric, plot_curves, train
+from common.runs import Run, format_runs, plot_curves, train
 from PIL import Image
-from sklearn.metrics import accuracy_score
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from sam_hf import SAMConfig, SAMTrainer
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "modules")
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
-
-
-def test_the_metric_agrees_with_scikit_learn_and_writes_no_data_file(tmp_path):
-    random = np.random.default_rng(0)
-    predictions, references = random.integers(0, 5, (2, 101))
-    metric = load_metric("classification", "single_label_classification")
-    for _ in range(2):  # it may be used again
-        result = metric.compute(predictions=predictions, references=references)
-        assert result["accuracy"] == accuracy_score(references, predictions)
-    # Files would be locked: two runs at once would wait for each other.
-    assert not [file for file in (tmp_path / "metrics").rglob("*") if file.is_file()]
-
-
-def test_the_metric_needs_no_cache_that_can_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", tmp_path / "file" / "modules")
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "file" / "metrics")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    metric = load_metric("classification", "single_label_classification")
-    assert metric.compute(predictions=[1, 0], references=[1, 1])["accuracy"] == 0.5
 
 
 class Images(torch.utils.data.Dataset):
@@ -92,13 +63,13 @@ def tiny_trainer(folder: Path, sam: dict | None = None, **options) -> SAMTrainer
         ({}, {"gradient_accumulation_steps": 3}, 4.0),
         ({"sam_interval": 2}, {}, 3.0),
         ({"sam_start_ratio": 0.5}, {}, 3.0),
-        ({}, {"label_smoothing_factor": 0.1}, 4.0),  # the Trainer keeps the labels from the model
+        ({}, {"label_smoothing_factor": 0.1}, 4.0),  # the model gets no labels
     ],
 )
 def test_each_forward_backward_pass_over_the_training_data_is_counted_once(
     tmp_path, sam, options, passes
 ):
-    run = train(tiny_trainer(tmp_path, sam, **options), "x")
+    run = train(tiny_trainer(tmp_path, sam, **options), "x", ["accuracy"])
     assert run.epochs == 2.0
     assert run.passes == passes
     assert run.curve[-1] == (passes, run.score)
@@ -107,7 +78,7 @@ def test_each_forward_backward_pass_over_the_training_data_is_counted_once(
 
 def test_the_model_card_shows_results_of_the_evaluation_alone(tmp_path):
     trainer = tiny_trainer(tmp_path)
-    train(trainer, "x")
+    train(trainer, "x", ["accuracy"])
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "| Accuracy |" in card and "xamples" not in card.split("hyperparameters")[0]
@@ -115,7 +86,7 @@ def test_the_model_card_shows_results_of_the_evaluation_alone(tmp_path):
 
 
 def test_the_first_metric_is_the_one_that_counts(tmp_path):
-    run = train(tiny_trainer(tmp_path), "x", metrics=("loss", "accuracy"))
+    run = train(tiny_trainer(tmp_path), "x", ["loss", "accuracy"])
     assert list(run.scores) == ["loss", "accuracy"]
     assert run.scores["loss"] != run.scores["accuracy"]
     assert (run.metric, run.score) == ("loss", run.scores["loss"])
@@ -124,18 +95,36 @@ def test_the_first_metric_is_the_one_that_counts(tmp_path):
 
 def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(tmp_path):
     options = {"save_strategy": "epoch", "sam": {"sam_start_ratio": 0.5}}
-    whole = train(tiny_trainer(tmp_path / "a", **options), "x")
+    whole = train(tiny_trainer(tmp_path / "a", **options), "x", ["accuracy"])
     resumed = train(
-        tiny_trainer(tmp_path / "b", **options), "x", str(tmp_path / "a" / "checkpoint-3")
+        tiny_trainer(tmp_path / "b", **options),
+        "x",
+        ["accuracy"],
+        str(tmp_path / "a" / "checkpoint-3"),
     )
     assert (resumed.epochs, resumed.passes) == (whole.epochs, whole.passes) == (2.0, 3.0)
     assert resumed.curve == whole.curve
     assert resumed.score == whole.score
 
 
+def test_the_test_data_are_scored_at_the_end_alone_if_the_curve_is_that_of_validation_data(
+    tmp_path,
+):
+    trainer, test = tiny_trainer(tmp_path), torch.utils.data.Subset(Images(), [0, 1, 2])
+    run = train(trainer, "x", ["accuracy"], test_dataset=test)
+    logged = [e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e]
+    assert run.curve == [(2.0, logged[0]), (4.0, logged[1])] and run.curve_data == "validation"
+    assert run.score == logged[2] == trainer.evaluate(test)["eval_accuracy"]
+
+
+def test_a_final_loss_that_is_not_finite_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="x: the final loss is nan, so its other scores mean noth"):
+        train(tiny_trainer(tmp_path, {"sam_rho": 0.0}, learning_rate=1e30), "x", ["accuracy"])
+
+
 def test_metrics_and_state_are_saved_and_the_bar_replaces_the_lines(tmp_path, capsys):
     trainer = tiny_trainer(tmp_path, logging_steps=1)
-    run = train(trainer, "SAM (rho 0.05)")
+    run = train(trainer, "SAM (rho 0.05)", ["accuracy"])
     for name in ("all_results.json", "train_results.json", "eval_results.json"):
         assert (tmp_path / name).is_file()
     assert (tmp_path / "trainer_state.json").is_file()

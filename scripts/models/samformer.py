@@ -66,11 +66,7 @@ class SAMformerConfig(PreTrainedConfig):
 
 @dataclass
 class SAMformerOutput(ModelOutput):
-    """
-    Args:
-        loss: mean squared error, where `future_values` are given.
-        prediction_outputs: the forecast, (batch, prediction_length, num_input_channels).
-    """
+    """`prediction_outputs` has shape (batch, prediction_length, num_input_channels)."""
 
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
@@ -115,19 +111,18 @@ class SAMformerForPrediction(PreTrainedModel):
 
     def forward(
         self,
-        past_values: Tensor,
-        future_values: Tensor | None = None,
+        past_values: Tensor,  # (batch, context_length, num_input_channels)
+        future_values: Tensor | None = None,  # (batch, prediction_length, num_input_channels)
         return_dict: bool | None = None,
     ) -> Any:
-        """
-        Args:
-            past_values: (batch, context_length, num_input_channels).
-            future_values: (batch, prediction_length, num_input_channels).
-        """
         x, mean, std = self.revin(past_values.transpose(1, 2).contiguous())
         scores = self.query(x) @ self.key(x).transpose(1, 2) / math.sqrt(self.config.d_model)
-        x = x + scores.softmax(-1) @ self.value(x)
-        forecast = self.revin.inverse(self.head(x), mean, std).transpose(1, 2)
+        # (X + A (X W_V)) W = X W + A (X (W_V W)), which costs less while H is well below L. The
+        # rows of A sum to 1: the value's bias may be added before the attention.
+        head = self.head.weight
+        values = functional.linear(x, head @ self.value.weight, head @ self.value.bias)
+        y = self.head(x) + scores.softmax(-1) @ values
+        forecast = self.revin.inverse(y, mean, std).transpose(1, 2)
         loss = None if future_values is None else functional.mse_loss(forecast, future_values)
         output = SAMformerOutput(loss=loss, prediction_outputs=forecast)
         is_dict = self.config.return_dict if return_dict is None else return_dict

@@ -1,0 +1,197 @@
+"""The options that the scripts share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def option(help: str, default: Any = None) -> Any:
+    """A field of a dataclass that is an option, with its line of `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+def check_range(options: Any, least: float, most: float, *names: str) -> None:
+    """Raise a ValueError if one of these options is given and not in [least, most]."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            allowed = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"--{name} must be {allowed}, got {value}")
+
+
+def check_used(options: Any, names: Any, is_used: bool, where: str) -> None:
+    """Raise a ValueError if one of these options is given where it has no effect."""
+    given = [name for name in names if getattr(options, name) not in (None, False)]
+    if given and not is_used:
+        raise ValueError(f"--{given[0]} has no effect {where}")
+
+
+@dataclass
+class DataArguments:
+    """The examples: from the Hub, from files, or the script's built-in ones."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = option(
+        "Data set on the Hub, or a folder that `datasets` can load, such as one of images with a "
+        "sub-folder for each class. Without it and --train_file: the built-in examples."
+    )
+    dataset_config_name: str | None = option("Configuration of the data set.")
+    train_split: str | None = option("Training split of the data set. 'train' if not given.")
+    eval_split: str | None = option("Evaluation split of the data set. 'test' if not given.")
+    train_file: list[str] | None = option("Files with the training examples.")  # noqa: RUF009
+    validation_file: list[str] | None = option("Files with the evaluation examples.")  # noqa: RUF009
+    eval_fraction: float | None = option(
+        "Hold out this share of the training examples for evaluation, the same for every --seed. "
+        "0.2 where there are no evaluation examples."
+    )
+    max_train_samples: int | None = option(
+        "Train on so many examples, a random subset that is the same for every --seed."
+    )
+    max_eval_samples: int | None = option(
+        "Evaluate on so many examples, a random subset that is the same for every --seed."
+    )
+
+    def __post_init__(self) -> None:
+        hub = ("dataset_config_name", "train_split", "eval_split")
+        check_used(self, hub, self.dataset_name is not None, "without --dataset_name")
+        check_used(self, ["validation_file"], self.train_file is not None, "without --train_file")
+        if self.dataset_name is not None and self.train_file is not None:
+            raise ValueError("give --dataset_name or --train_file, not both")
+        has_own = self.eval_split is not None or self.validation_file is not None
+        check_used(self, ["eval_fraction"], not has_own, "on evaluation data that is given")
+        check_range(self, 1, math.inf, "max_train_samples", "max_eval_samples")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"--eval_fraction must be between 0 and 1, got {self.eval_fraction}")
+
+    @property
+    def is_built_in(self) -> bool:
+        return self.dataset_name is None and self.train_file is None
+
+    @property
+    def hub_dataset(self) -> str | None:
+        """The data set's name on the Hub, if it comes from there."""
+        is_local = self.dataset_name is None or Path(self.dataset_name).exists()
+        return None if is_local else self.dataset_name
+
+
+@dataclass
+class LabeledDataArguments(DataArguments):
+    """Examples with labels, some of which may be made wrong."""
+
+    label_column: str | None = option("Column with the labels. 'label' if not given.")
+    label_noise: float = option(
+        "Symmetric label noise: this share of the training labels is replaced by another class, "
+        "drawn uniformly. The evaluation labels are not changed.",
+        default=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, 1, "label_noise")
+        check_used(self, ["label_column"], not self.is_built_in, "on the built-in examples")
+
+    def title(self, name: str) -> str:
+        """The data's name, with the label noise."""
+        return f"{name}, {100 * self.label_noise:g}% label noise" if self.label_noise else name
+
+
+@dataclass
+class ModelArguments:
+    """A pretrained model, or a small one that is made from its configuration."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = option(
+        "Pretrained model on the Hub or in a folder. Without it, a small untrained model."
+    )
+    config_overrides: str | None = option(
+        "Changes to the configuration of the untrained model, such as "
+        "hidden_size=128,num_hidden_layers=4."
+    )
+
+    def __post_init__(self) -> None:
+        is_new = self.model_name_or_path is None
+        check_used(self, ["config_overrides"], is_new, "with --model_name_or_path")
+
+
+@dataclass
+class ClassifierArguments(ModelArguments):
+    """A model with one output for each class."""
+
+    ignore_mismatched_sizes: bool = option(
+        "Give a pretrained model with another number of classes a new head.", default=False
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_pretrained = self.model_name_or_path is not None
+        check_used(self, ["ignore_mismatched_sizes"], is_pretrained, "without --model_name_or_path")
+
+
+@dataclass
+class ScriptArguments:
+    """Options beside those of training. It stands before `SAMTrainingArguments` in the MRO."""
+
+    _argument_group_name = "script"
+
+    resume_from_checkpoint: str | None = option(
+        "Checkpoint to resume from: a folder, or True for the newest in --output_dir."
+    )
+    compare_with_plain: bool = option(
+        "Afterwards train the same model from the same initial weights without SAM, for the same "
+        "number of forward-backward passes (equal compute), and report both.",
+        default=False,
+    )
+    torch_num_threads: int | None = option(
+        "CPU threads of torch; its own choice if not given. 1 is best for a tiny model."
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default would make a CPU slower
+        super().__post_init__()
+        check_range(self, 1, math.inf, "torch_num_threads")
+        # Pinned memory speeds up copies to an accelerator. Without one, torch only warns.
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+        check_used(self, ["compare_with_plain"], self.sam_rho > 0, "with --sam_rho 0")
+        if self.compare_with_plain and self.deepspeed_plugin is not None:
+            raise ValueError(
+                "--compare_with_plain is not supported with DeepSpeed, which trains one model in a "
+                "process: train again with --sam_rho 0 instead"
+            )
+
+
+@dataclass
+class SharpnessArguments(ScriptArguments):
+    """The options of scripts whose loss is a function of the weights on fixed examples."""
+
+    sharpness_every: int | None = option(
+        "Measure the sharpness of the evaluation loss every so many updates, log it as sharpness/* "
+        "and draw it; 0: at the end only. It takes at most a tenth of the training's passes, and "
+        "what would exceed that is skipped. Not supported with FSDP and DeepSpeed."
+    )
+    sharpness_examples: int | None = option(
+        "Number of examples to measure the sharpness on. 256 if not given."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, 0, math.inf, "sharpness_every")
+        check_range(self, 1, math.inf, "sharpness_examples")
+        is_measured = self.sharpness_every is not None
+        check_used(self, ["sharpness_examples"], is_measured, "without --sharpness_every")
+
+
+def output_dir_option(default: str, saved: str) -> Any:
+    """--output_dir of a script that saves the model and `saved`."""
+    return option(
+        f"Folder for the model, the {saved}, the metrics and the picture. Those of an earlier run "
+        "are overwritten; if it holds checkpoints of an earlier run, the run is refused.",
+        default=default,
+    )
