@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.utils.hub import cached_file
 
 from ..config.file import is_missing_path
 
@@ -122,14 +123,23 @@ def load_model(name: str) -> Any:
     with _loading("the adapter", name):
         model: Any = PeftModel.from_pretrained(base, name, is_trainable=True).eval()
     processors = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-    if any((Path(name) / file).exists() for file in processors):
+    if any(_has_file(name, file) for file in processors):
         model.name_or_path = name  # where the data look for a tokenizer or image processor
     return model
 
 
+def _has_file(name: str, file: str) -> bool:
+    """Whether a folder, or a repository on the Hub that can be reached, has a file."""
+    if Path(name).is_dir():
+        return (Path(name) / file).exists()
+    quiet = ("missing_entries", "connection_errors", "gated_repo")
+    options = {f"_raise_exceptions_for_{what}": False for what in quiet}
+    return cached_file(name, file, **options) is not None
+
+
 def _adapter(name: str) -> Any:
-    """Configuration of the PEFT adapter in a folder; None if the folder holds none."""
-    if not (Path(name) / "adapter_config.json").exists():
+    """Configuration of the PEFT adapter in a folder or on the Hub; None if it holds none."""
+    if not _has_file(name, "adapter_config.json"):
         return None
     require("peft", "peft")
     from peft import PeftConfig
@@ -137,7 +147,7 @@ def _adapter(name: str) -> Any:
     with _loading("adapter_config.json", name):
         config = PeftConfig.from_pretrained(name)
     if not config.base_model_name_or_path:
-        raise ValueError(f"{name}/adapter_config.json has no base_model_name_or_path")
+        raise ValueError(f"adapter_config.json of {name} has no base_model_name_or_path")
     check_path(config.base_model_name_or_path, f"base model of {name} in the folder")
     return config
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hub_server import Repository, hub_server, use_hub
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
@@ -489,6 +490,20 @@ def test_of_an_adapter_its_own_weights_are_measured(vit, tmp_path):
     expected = Objective(saved, batches)
     assert result["parameters"] == expected.parameter_count == 2 * 2 * 16 + 170
     assert result["measures"]["loss"] == pytest.approx(expected.value(), rel=1e-6)
+
+
+def test_an_adapter_on_the_hub_is_measured_as_one_in_a_folder(vit, tmp_path, monkeypatch):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    saved = save_adapter(tmp_path / "adapter", vit, "AutoModelForImageClassification", **options)
+    with hub_server() as server:
+        use_hub(monkeypatch, server.url, str(tmp_path / "cache"))
+        server.repositories["me/adapter"] = repository = Repository()
+        files = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}
+        repository.commit("the adapter", files)
+        model = load_model("me/adapter")
+    for (name, w), (_, v) in zip(saved.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(w, v), name
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 2 * 16 + 170
 
 
 @pytest.mark.parametrize("kind", ["SEQ_CLS", "CAUSAL_LM"])

@@ -291,6 +291,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     constants = huggingface_hub.constants
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)  # read when it was made
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
