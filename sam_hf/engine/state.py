@@ -126,6 +126,7 @@ class StateTracker:
         # A copy of a base model under adapters would not fit the memory budget: their norms tell
         # whether the first pass writes them.
         self._large_frozen = frozen if sum(t.nbytes for t in frozen) > trained else []
+        self._is_searching = True  # what an owner gets before the first pass is found too
 
     def _walk(self) -> None:
         """Find everything that there is."""
@@ -256,7 +257,7 @@ class StateTracker:
 
     def _search(self) -> None:
         """Follow what was put into attributes and containers since the latest search."""
-        if self._is_searching or not self._ids:  # an interrupt has hit that one; the first one
+        if self._is_searching:  # an interrupt has hit that one, or this is the first one
             self._walk()
         self._is_searching = True
         known = len(self._ids)

@@ -233,20 +233,61 @@ def test_inputs_that_a_closure_writes_in_place_are_those_of_the_first_pass():
         assert_near(gradients(model), expected)
 
 
-def test_long_lists_and_parameters_are_shared_with_the_closure():
+class Box:
+    """An object that is shared with the closure, unlike a list."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+
+@pytest.mark.parametrize(("length", "is_shared"), [(10, False), (5000, True)])
+def test_long_lists_and_parameters_are_shared_with_the_closure(length, is_shared):
     torch.manual_seed(0)
     model = nn.Linear(5, 3, dtype=torch.float64)
-    data, weight = list(range(5000)), model.weight
+    data, weight, box = list(range(length)), model.weight, Box()
     sam = new_sam(model, sam_rho=0.1)
-    seen = []
 
     def closure():
-        seen.append(id(data))
+        box.seen.append(id(data))
         return (weight * data[3]).square().sum()
 
     sam.backward(closure)
     assert_near(model.weight.grad, 18 * (model.weight + 0.1 * model.weight / model.weight.norm()))
-    assert len(seen) == 1  # a short list is not shared
+    assert (box.seen[0] == box.seen[1]) == is_shared
+
+
+def test_after_the_first_pass_inputs_are_copied_only_if_they_are_written():
+    model, box = new_model(), Box()
+    sam = new_sam(model)
+    for is_end in (False, True):
+        batch = {"x": BATCH["x"].clone(), "labels": BATCH["labels"].clone()}
+
+        def closure():
+            box.seen.append(batch["x"].data_ptr())  # noqa: B023
+            box.seen.append(batch["labels"].data_ptr())  # noqa: B023
+            batch["x"].add_(1)  # noqa: B023
+            return model(**batch)["loss"]  # noqa: B023
+
+        sam.backward(closure, end_of_update=is_end)
+    second, again = box.seen[2:4], box.seen[6:8]
+    assert second[0] != again[0] and second[1] == again[1]
+
+
+def test_inputs_that_are_written_for_the_first_time_later_are_told():
+    model, calls = new_model(), Box()
+    sam = new_sam(model)
+    batch = {"x": BATCH["x"].clone(), "labels": BATCH["labels"]}
+
+    def closure():
+        calls.seen.append(1)
+        if len(calls.seen) > 2:
+            batch["x"].add_(1)
+        return model(**batch)["loss"]
+
+    sam.backward(closure)
+    model.zero_grad()
+    with pytest.warns(UserWarning, match=r"wrote into the input .*batch\.x.* for the first time"):
+        sam.backward(closure)
 
 
 # ---- Metrics ---------------------------------------------------------------------------------
@@ -357,6 +398,22 @@ def test_under_autocast_the_closure_computes_in_half_precision_and_the_engine_do
     assert kinds == {"torch.bfloat16"}
     # |e| is exact to fp32: no product of the engine was rounded to bfloat16.
     assert sam.metrics()["sam_perturbation_norm"] == pytest.approx(0.1, rel=1e-5)
+
+
+def test_within_autocast_of_the_loop_e_is_computed_in_full_precision():
+    """Long inner products would be rounded to bfloat16."""
+    torch.manual_seed(0)
+    model, x, moved = nn.Linear(300, 300), torch.randn(4, 300), Box()
+    w = weights(model)
+
+    def closure():
+        parts = [p.detach() - w[n] for n, p in model.named_parameters()]
+        moved.seen.append(torch.cat([part.flatten() for part in parts]).norm().item())
+        return model(x).float().square().mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        new_sam(model, sam_rho=0.1).backward(closure)
+    assert moved.seen == [0, pytest.approx(0.1, rel=1e-5)]
 
 
 def test_a_gradient_scaler_scales_both_passes_and_its_skipped_steps_change_nothing():

@@ -147,3 +147,17 @@ def test_a_penalty_s_gradient_takes_no_part_in_e_and_is_added_to_g_s(kind):
             add_penalty()
         for p, a, b in zip(other.parameters(), g_s, penalty, strict=True):
             torch.testing.assert_close(p.grad, a + b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_ascent_may_leave_out_micro_batches_of_an_update():
+    """Their losses are expected to be the mean of the others."""
+    model, rows = Classifier(), examples(24).rows
+    sam = {"sam_method": "sam", "sam_ascent_fraction": 0.5}
+    twin, loop = TwinRun(model, sam), Loop("accelerate", model, sam, 2)
+    for window in windows(rows, 3, 2, UPDATES):
+        shares = means(model, [window])[0]
+        expected = 2 * twin.losses(shares)[0](twin.w).item()
+        assert loop.update(window) == pytest.approx([expected] * 2, rel=1e-12)
+        twin.update(shares, ascent=shares[:1])
+        twin.assert_equals(loop.weights())
+    assert loop.sam.metrics()["sam_passes_per_update"] == 1.5
