@@ -443,6 +443,27 @@ def test_a_gradient_scaler_scales_both_passes_and_its_skipped_steps_change_nothi
     assert scaler.get_scale() < 2.0**16
 
 
+def test_accelerate_s_gradient_scaler_scales_both_passes():
+    """Accelerate makes one for fp16, on GPUs alone: here it is put in."""
+    results = []
+    for is_scaled in (False, True):
+        accelerator, model = new_accelerator(steps=2), new_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if is_scaled:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        sam = SAM(model, optimizer, SAMConfig(sam_rho=0.3), accelerator=accelerator)
+        for batch in (BATCH, OTHER) * 2:
+            with accelerator.accumulate(model):
+                sam.backward(lambda: model(**batch)["loss"])  # noqa: B023
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append((weights(model), sam.metrics()["sam_ascent_grad_norm"]))
+    (w, norm), (w_scaled, norm_scaled) = results
+    assert_near(w_scaled, w, 1e-10)
+    assert norm_scaled == pytest.approx(norm, rel=1e-6)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_as_it_does_without():
     results = []
