@@ -83,10 +83,11 @@ class SAM:
         self._layout = loop_layout(model, self._accelerator, list(parameters.selected.values()))
         everything = {canonical_name(name): p for name, p in inner.named_parameters()}
         self._state = MethodStateCheckpoint(config, config.build_method(), self._layout, everything)
-        self._closures = ClosureKeeper()
         modules, trained = list(inner.modules()), list(parameters.trained.values())
+        self._closures = ClosureKeeper(budget=sum(w.nbytes for w in trained))
         tracked, ignored = (modules, []) if config.sam_freeze_norm_stats else ([], modules)
-        tracker = StateTracker([self._closures.modules], tracked, (), [*ignored, *trained])
+        variables = self._closures.variables
+        tracker = StateTracker([], tracked, (), [*ignored, *trained], variables=variables)
         self._engine = UpdateEngine(
             config, self._layout, parameters, optimizer, tracker, False, _SEED, self._state
         )
@@ -149,6 +150,7 @@ class SAM:
                 mean = self._engine.step(batch)
         if batch.is_end:
             self._updates += 1
+            self._closures.is_first = False
         return mean * self._steps if batch.loss is None else batch.loss
 
     def metrics(self) -> dict[str, float]:
@@ -283,15 +285,14 @@ class _LoopBatch:
     def ascent(self) -> Tensor:
         sam = self._sam
         kept = sam._closures.keep(self._closure)
-        sam._engine.record(RecordedCall(functools.partial(self._run, kept)))
+        sam._engine.record(RecordedCall(functools.partial(kept.replay, self._run)))
         loss = self._run(self._closure)
-        if sam._closures.copies_all:
-            kept.observe()
+        kept.observe()
         return loss
 
     def defer(self) -> None:
         kept = self._sam._closures.keep(self._closure)
-        call = RecordedCall(functools.partial(self._run, kept), share=0.0)
+        call = RecordedCall(functools.partial(kept.replay, self._run), share=0.0)
         self._sam._engine.recorder.calls.append(call)
 
     def _run(self, closure: Callable[[], Any]) -> Tensor:

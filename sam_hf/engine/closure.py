@@ -4,183 +4,275 @@ from __future__ import annotations
 
 import dis
 import functools
-from collections import deque
+import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType, GeneratorType, SimpleNamespace
+from dataclasses import dataclass
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from .recorder import InputKeeper, KeptInputs
+from .state import call_and_restore
 
-# Consumed by reading: a replay would read the next item.
-_ITERATORS = (GeneratorType, zip, map, enumerate, filter, _BaseDataLoaderIter)
-_LONG = 4096  # longer containers are data: shared, not copied
-
-
-@dataclass
-class _Variables:
-    """The variables that a function reads, by name: cells, globals and defaults."""
-
-    function: FunctionType
-    kept: dict[str, Any] = field(default_factory=dict)  # copied as inputs are
-    shared: dict[str, Any] = field(default_factory=dict)
+_SHORT = 64  # longer containers are not searched for tensors and functions
 
 
 class ClosureKeeper:
     """Keeps closures for the replay.
 
     A loop rebinds its variables (`batch`) before the update is complete, and a closure may change
-    what it refers to (``batch.pop("labels")``). The replay therefore runs a copy of the function
-    whose variables are those that the first pass found: containers are copied, tensors and
-    everything else shared, as for the inputs of a Trainer's loss function. What the copy assigns to
-    its variables stays its own, so that a closure's side effects on them happen once.
+    what it refers to (``batch.pop("labels")``). For the replay, the variables of the closure, and
+    of the functions and objects that it refers to, are bound again to what the first pass found,
+    and afterwards to what they are. What containers hold is restored by a `StateTracker` with the
+    owner `variables`; tensors that are written in place are restored here.
 
-    Copied are the closure and the functions of its module that it refers to.
+    Args:
+        budget: bytes of inputs that may be copied in a call of the first update. Later, those are
+            copied whose version counters have shown that a closure, or the loop, writes them.
 
     Attributes:
-        modules: those that closures refer to (a teacher, a discriminator), as attributes.
+        is_first: whether the first update is not complete.
+        variables: an owner for the tracker, with the values that the latest closure refers to.
     """
 
-    def __init__(self) -> None:
-        self._inputs = InputKeeper()
-        self.modules = SimpleNamespace()
-
-    @property
-    def copies_all(self) -> bool:
-        """Whether no pass was observed yet."""
-        return self._inputs.copies_all
+    def __init__(self, budget: int) -> None:
+        self.variables = SimpleNamespace(values=())
+        self._budget = budget
+        self.written: set[str] = set()  # paths of inputs that are copied
+        self.is_first = True
 
     def keep(self, closure: Callable[[], Any]) -> KeptClosure:
         """
         Raises:
             RuntimeError: the closure reads from an iterator, or from a tensor with a graph.
         """
-        whole, partials = closure, list[Any]()
-        while isinstance(whole, functools.partial):
-            partials.append((list(whole.args), whole.keywords))
-            whole = whole.func
-        functions: dict[int, _Variables] = {}
-        if isinstance(whole, FunctionType):
-            self._collect(whole, functions)
-        variables = {_place(v.function): v.kept for v in functions.values()}
-        kept = self._inputs.keep((variables, partials))
-        return KeptClosure(self._inputs, whole, functions, kept)
+        search = _Search(closure)
+        self.variables.values = search.values
+        room, inputs = self._budget, list[_Input]()
+        for path, tensor in search.tensors.items():
+            is_copied = path in self.written
+            if self.is_first and tensor.nbytes <= room:
+                room, is_copied = room - tensor.nbytes, True
+            copy = tensor.detach().clone() if is_copied else None
+            inputs.append(_Input(path, tensor, copy, tensor._version))
+        return KeptClosure(closure, search, inputs, self)
 
-    def _collect(self, function: FunctionType, functions: dict[int, _Variables]) -> None:
-        variables = functions[id(function)] = _Variables(function)
-        written = _assigned_names(function.__code__)
-        for name, value in _read(function):
-            if name in written:  # the copy's own, whatever an earlier call has left there
-                pass
-            elif isinstance(value, FunctionType):
-                if value.__globals__ is function.__globals__ and id(value) not in functions:
-                    self._collect(value, functions)
-            elif isinstance(value, _ITERATORS):
-                raise RuntimeError(
-                    f"The closure reads from {name!r}, a {type(value).__name__}, of which the "
-                    "second pass would get the next item. Take the batch before sam.backward."
-                )
-            elif isinstance(value, nn.Module):
-                setattr(self.modules, str(id(value)), value)
-            elif isinstance(value, Tensor):
-                if not isinstance(value, nn.Parameter):
-                    variables.kept[name] = value
-                    continue
-            elif isinstance(value, (Mapping, list, tuple)) and len(value) <= _LONG:
-                variables.kept[name] = value
-                continue
-            elif isinstance(value, (set, deque)):
-                value = value.copy()
-            variables.shared[name] = value
+
+@dataclass
+class _Input:
+    """A tensor that a closure reads, and a copy of what the first pass found."""
+
+    path: str
+    tensor: Tensor
+    copy: Tensor | None
+    version: int
+    is_written: bool = False
+
+    @property
+    def is_changed(self) -> bool:
+        return self.tensor._version != self.version
 
 
 class KeptClosure:
-    """A closure with the variables that it found. It can be called once."""
+    """A closure with the variables that it found."""
 
     def __init__(
         self,
-        keeper: InputKeeper,
-        function: Callable[..., Any],
-        functions: dict[int, _Variables],
-        kept: KeptInputs,
+        closure: Callable[[], Any],
+        search: _Search,
+        inputs: list[_Input],
+        keeper: ClosureKeeper,
     ) -> None:
-        self._keeper, self._function = keeper, function
-        self._functions, self._kept = functions, kept
+        self._closure, self._inputs, self._keeper = closure, inputs, keeper
+        self._cells, self._namespaces = search.cells, search.namespaces
+        self._values = search.values  # the tracker forgets what nobody refers to
 
     def observe(self) -> None:
-        """After a pass: learn which tensors the closure writes in place."""
-        self._keeper.observe(self._kept)
+        """Learn which inputs were written since they were kept or observed."""
+        written = [x for x in self._inputs if x.is_changed]
+        self._keeper.written.update(x.path for x in written)
+        if lost := sorted(x.path for x in written if x.copy is None):
+            warnings.warn(
+                f"The input {', '.join(map(repr, lost))} of a closure was written in place, for "
+                "the first time in this run: in this update the second pass sees it as it was "
+                "left. From now on it is copied.",
+                stacklevel=2,
+            )
+        for x in written:
+            x.is_written, x.version = True, x.tensor._version
 
-    def __call__(self) -> Any:
+    def replay(self, backward: Callable[[Callable[[], Any]], Tensor]) -> Tensor:
+        """Call ``backward(closure)`` with the variables that the first pass found."""
+        by_the_loop = [x for x in self._inputs if x.copy is not None and x.is_changed]
         self.observe()
-        variables, partials = self._kept.value
-        copies: dict[int, FunctionType] = {}
-        for i, v in self._functions.items():
-            code, found = v.function.__code__, v.function.__globals__
-            scope: dict[str, Any] = {"__builtins__": found["__builtins__"]}
-            cells = tuple([CellType() for _ in code.co_freevars])
-            copies[i] = FunctionType(code, scope, code.co_name, closure=cells)
-        for i, v in self._functions.items():
-            copy, code = copies[i], v.function.__code__
-            values = {**v.shared, **variables[_place(v.function)]}
-            for name, value in values.items():
-                values[name] = copies.get(id(value), value)
-            for name, cell in zip(code.co_freevars, copy.__closure__ or (), strict=True):
-                if name in values:
-                    cell.cell_contents = values[name]
-            copy.__globals__.update((n, values[n]) for n in _global_names(code) if n in values)
-            copy.__defaults__ = tuple(values[n] for n in _default_names(v.function)) or None
-            keywords = v.function.__kwdefaults__ or ()
-            copy.__kwdefaults__ = {name: values[name] for name in keywords} or None
-        function: Callable[..., Any] = copies.get(id(self._function), self._function)
-        for args, keywords in reversed(partials):
-            function = functools.partial(function, *args, **keywords)
-        return function()
+        tensors = [(x.tensor, x.tensor.detach().clone()) for x in by_the_loop]
+        cells = [(cell, _content(cell)) for cell, _ in self._cells]
+        namespaces = [
+            (names, {name: names.get(name, _UNSET) for name in found})
+            for names, found in self._namespaces
+        ]
+
+        def undo() -> None:
+            _bind(cells, namespaces)
+            with torch.no_grad():
+                for tensor, content in tensors:
+                    tensor.copy_(content)
+
+        def run() -> Tensor:
+            _bind(self._cells, self._namespaces)
+            with torch.no_grad():
+                for x in self._inputs:
+                    if x.copy is not None and x.is_written:
+                        x.tensor.copy_(x.copy)
+            return backward(self._closure)
+
+        return call_and_restore(run, undo)
 
 
-def _place(function: FunctionType) -> str:
-    """Tells the functions of a loop apart, and is the same in every update."""
-    return f"{function.__name__}:{function.__code__.co_firstlineno}"
+_UNSET = object()
+Cells = list[tuple[CellType, Any]]
+Namespaces = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def _default_names(function: FunctionType) -> tuple[str, ...]:
-    """The positional arguments that have a default."""
-    code, count = function.__code__, len(function.__defaults__ or ())
-    return code.co_varnames[code.co_argcount - count : code.co_argcount]
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _UNSET
 
 
-def _read(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The variables of a function, by name; unset ones are left out."""
-    code = function.__code__
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    scope = function.__globals__
-    for name in _global_names(code):
-        if name in scope:
-            yield name, scope[name]
-    yield from zip(_default_names(function), function.__defaults__ or (), strict=True)
+def _bind(cells: Cells, namespaces: Namespaces) -> None:
+    for cell, value in cells:
+        if value is not _UNSET:
+            cell.cell_contents = value
+        elif _content(cell) is not _UNSET:
+            del cell.cell_contents
+    for names, values in namespaces:
+        for name, value in values.items():
+            if value is not _UNSET:
+                names[name] = value
+            else:
+                names.pop(name, None)
+
+
+class _Search:
+    """The variables of a closure, of the functions that it refers to, and of its objects.
+
+    Attributes:
+        cells, namespaces: with what each is bound to; of a namespace, names that are read.
+        values: containers, modules, generators and other objects among them.
+        tensors: by the names that lead to them.
+    """
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self.cells: Cells = []
+        self.namespaces: Namespaces = []
+        self.values: list[Any] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._seen: set[int] = set()
+        self._module = getattr(closure, "__module__", None)
+        self._visit(closure, "", is_variable=True)
+
+    def _visit(self, value: Any, path: str, is_variable: bool = False) -> None:
+        """`is_variable`: of a function, and not an item or an attribute."""
+        if value is None or isinstance(value, (bool, int, float, str, type, ModuleType)):
+            return
+        if isinstance(value, Tensor):
+            self._add_tensor(value, path)
+            return
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, FunctionType):
+            self._visit_function(value)
+        elif isinstance(value, functools.partial):
+            self._visit(value.func, path)
+            self._visit((value.args, value.keywords), path)
+        elif isinstance(value, MethodType):
+            self._visit(value.__func__, path)
+            self._visit(value.__self__, f"{path}.self")
+        elif isinstance(value, nn.Module):
+            self.values.append(value)
+        elif isinstance(value, (Mapping, list, tuple)):
+            self.values.append(value)
+            if len(value) <= _SHORT:
+                items = value.items() if isinstance(value, Mapping) else enumerate(value)
+                for key, item in list(items):
+                    self._visit(item, f"{path}.{key}")
+        elif is_variable and isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            raise RuntimeError(
+                f"The closure reads from {path!r}, a {type(value).__name__}, of which the second "
+                "pass would get the next item. Take the batch before sam.backward."
+            )
+        else:
+            self.values.append(value)
+            if type(value).__module__ == self._module and hasattr(value, "__dict__"):
+                self.namespaces.append((vars(value), dict(vars(value))))
+                for name, item in list(vars(value).items()):
+                    self._visit(item, f"{path}.{name}")
+
+    def _visit_function(self, function: FunctionType) -> None:
+        names, written = _global_names(function.__code__)
+        is_own = function.__module__ == self._module
+        if not (is_own or function.__closure__):
+            return  # of a library
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        for name, cell in cells:
+            value = _content(cell)
+            self.cells.append((cell, value))
+            if name not in written:  # whatever an earlier call has left there
+                self._visit(value, name, is_variable=True)
+        if is_own:
+            scope = function.__globals__
+            found = {
+                name: scope.get(name, _UNSET) for name in names if name in scope or name in written
+            }
+            self.namespaces.append((scope, found))
+            for name, value in found.items():
+                if name not in written:
+                    self._visit(value, name, is_variable=True)
+        for name, value in _defaults(function):
+            self._visit(value, name, is_variable=True)
+        if function.__dict__:
+            self.values.append(function.__dict__)
+            self._visit(function.__dict__.get("__wrapped__"), "")
+
+    def _add_tensor(self, tensor: Tensor, path: str) -> None:
+        if tensor.grad_fn is not None:
+            raise RuntimeError(
+                f"The closure reads {path!r}, a tensor of shape {tuple(tensor.shape)} that was "
+                "computed with gradients before the call, and that the second pass could not "
+                "compute again. Compute it in the closure, or detach it if it is a constant."
+            )
+        if not isinstance(tensor, nn.Parameter) and not tensor.is_inference():
+            self.tensors.setdefault(path, tensor)
+
+
+def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """The arguments that have a default, with it."""
+    code, values = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
+    yield from zip(names, values, strict=True)
     yield from (function.__kwdefaults__ or {}).items()
 
 
 @functools.lru_cache(maxsize=1024)
-def _global_names(code: CodeType) -> tuple[str, ...]:
-    """Names that a function and those defined in it may read as globals."""
-    nested = (c for c in code.co_consts if isinstance(c, CodeType))
-    return tuple({*code.co_names, *(name for c in nested for name in _global_names(c))})
-
-
-@functools.lru_cache(maxsize=1024)
-def _assigned_names(code: CodeType) -> frozenset[str]:
-    """Global and nonlocal names that a function assigns."""
-    stores = ("STORE_GLOBAL", "STORE_DEREF")
-    return frozenset(i.argval for i in dis.get_instructions(code) if i.opname in stores)
+def _global_names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """Globals that a function and those defined in it refer to; globals and cells they assign."""
+    read, written = set[str](), set[str]()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
+            read.add(instruction.argval)
+        if instruction.opname in ("STORE_GLOBAL", "STORE_DEREF"):
+            written.add(instruction.argval)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            inner_read, inner_written = _global_names(inner)
+            read |= inner_read
+            written |= inner_written
+    return frozenset(read), frozenset(written)
 
 
 def loss_of(result: Any) -> Tensor:

@@ -106,6 +106,7 @@ class StateTracker:
         modules: modules whose buffers, frozen weights and attributes are tracked.
         skip: names of attributes of the owners that are not state.
         ignored: modules, and trained parameters, that are not tracked even if an owner holds them.
+        variables: an owner whose tensors are not tracked, but those of modules that it holds are.
     """
 
     def __init__(
@@ -114,9 +115,14 @@ class StateTracker:
         modules: Iterable[nn.Module] = (),
         skip: Collection[str] = (),
         ignored: Iterable[Any] = (),
+        variables: Any = None,
     ) -> None:
         self.skip = frozenset(skip)
         self._roots = [_Attributes(vars(owner), self.skip) for owner in owners]
+        self._without_tensors: set[int] = set()  # ids of containers
+        if variables is not None:
+            self._roots.append(_Attributes(vars(variables), frozenset()))
+            self._without_tensors.add(id(self._roots[-1]))
         self._modules, self._ignored = list(modules), list(ignored)
         self._rewritten: set[int] = set()  # ids of long containers
         self._is_first = True
@@ -131,6 +137,7 @@ class StateTracker:
     def _walk(self) -> None:
         """Find everything that there is."""
         self._is_searching = True  # until it is done, which an interrupt may prevent
+        self._skips_tensors = False
         self._seen = {id(x) for x in (*(root.namespace for root in self._roots), *self._ignored)}
         self._of_modules: dict[int, _Attributes] = {}  # by the module's id
         self._of_layers: set[int] = set()  # ids of those of PyTorch's layers
@@ -146,7 +153,7 @@ class StateTracker:
         for module in self._modules:
             self._add_module(module)
         for root in self._roots:
-            self._visit_all(root.values())
+            self._visit_all(root.values(), root)
         self._is_searching = False
 
     # ---- What there is -----------------------------------------------------------------------
@@ -155,7 +162,8 @@ class StateTracker:
         if isinstance(value, _CODE) or id(value) in self._seen:
             return
         if isinstance(value, Tensor):
-            self._add_tensor(value)
+            if not self._skips_tensors:
+                self._add_tensor(value)
         elif _is_array(value):
             self._seen.add(id(value))
             if value.flags.writeable:
@@ -166,26 +174,34 @@ class StateTracker:
         elif isinstance(value, tuple):
             self._visit_all(value)
         elif isinstance(value, nn.Module):
+            skips, self._skips_tensors = self._skips_tensors, False
             for module in value.modules():
                 self._add_module(module)
+            self._skips_tensors = skips
         elif get_generator_state(value) is not None:
             self._seen.add(id(value))
             self._generators.append(value)
         elif _is_meter(value):
             self._add_container(vars(value))
 
-    def _visit_all(self, values: Iterable[Any]) -> None:
+    def _visit_all(self, values: Iterable[Any], container: Any = None) -> None:
+        skips = self._skips_tensors
+        self._skips_tensors |= id(container) in self._without_tensors
         try:
             for value in tuple(values):
                 self._visit(value)
         except RuntimeError:  # another thread writes to it: left to that thread
             return
+        finally:
+            self._skips_tensors = skips
 
     def _add_container(self, value: Any) -> None:
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
         self._containers.append(value)
+        if self._skips_tensors:
+            self._without_tensors.add(id(value))
         if len(value) > _LONG and not self._is_first:
             self._rewritten.add(id(value))  # no first pass can tell
         if len(value) <= _VERY_LONG:
@@ -269,7 +285,7 @@ class StateTracker:
             elif ids != self._ids[i]:
                 content = self._copy(container)
                 if new := _new_values(content, self._ids[i]):
-                    self._visit_all(new)
+                    self._visit_all(new, container)
                 self._contents[i], self._ids[i] = content, ids
         self._drop_replaced()
         self._is_searching = False
@@ -309,6 +325,7 @@ class StateTracker:
         if not ids:
             return
         self._seen -= ids
+        self._without_tensors -= ids
         self._contents, self._ids = (
             [x for c, x in zip(self._containers, kept, strict=True) if id(c) not in ids]
             for kept in (self._contents, self._ids)

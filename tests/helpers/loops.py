@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -51,7 +52,15 @@ class Loop:
         self.model, self.optimizer = model, optimizer
         config = SAMConfig(**{"sam_rho": RHO, **(sam or {})})
         self.sam = SAM(model, optimizer, config, **options)
-        self.selected: list[str] = []  # parameters that were not at w in the descent pass
+        self._moved: SimpleQueue[list[str]] = SimpleQueue()  # no state that SAM would restore
+
+    @property
+    def selected(self) -> list[str]:
+        """The parameters that were not at w in the latest pass that moved any."""
+        found = []
+        while not self._moved.empty():
+            found = self._moved.get() or found
+        return found
 
     def update(self, window: list[list[dict[str, Tensor]]]) -> list[float]:
         """Make an update of micro-batches of rows; returns their losses."""
@@ -63,7 +72,7 @@ class Loop:
 
             def closure() -> Any:
                 moved = [n for n, p in model.named_parameters() if not torch.equal(p, w[n])]
-                self.selected = moved or self.selected
+                self._moved.put(moved)
                 loss = model(**batch)["loss"]  # noqa: B023 - as loops do
                 return loss if self.accelerator is not None else loss / len(window)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from loops import new_accelerator
@@ -79,6 +81,7 @@ def test_what_cannot_be_trained_is_refused_when_it_is_made(make, error, message)
 def closures(model):
     hidden = model.first(BATCH["x"])
     loader = iter(DataLoader(examples(6), batch_size=2))
+    cycle = itertools.cycle([BATCH])
     generator = (row for row in examples(6))
     return {
         "a loss": (model(**BATCH)["loss"], TypeError, "takes a function .* got a Tensor"),
@@ -89,6 +92,7 @@ def closures(model):
         "detached": (lambda: model(**BATCH)["loss"].detach(), ValueError, "without a graph"),
         "a graph": (lambda: model.second(hidden).sum(), RuntimeError, "computed with gradients"),
         "a loader": (lambda: model(**next(loader))["loss"], RuntimeError, "reads from 'loader'"),
+        "a cycle": (lambda: model(**next(cycle))["loss"], RuntimeError, "'cycle'"),
         "a generator": (lambda: model(**next(generator))["loss"], RuntimeError, "'generator'"),
     }
 

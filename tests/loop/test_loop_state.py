@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import threading
+import weakref
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -233,61 +236,211 @@ def test_inputs_that_a_closure_writes_in_place_are_those_of_the_first_pass():
         assert_near(gradients(model), expected)
 
 
-class Box:
-    """An object that is shared with the closure, unlike a list."""
-
-    def __init__(self) -> None:
-        self.seen: list[int] = []
+def drain(queue: SimpleQueue) -> list:
+    """What passes have put: a queue is no state that SAM would restore."""
+    return [queue.get() for _ in range(queue.qsize())]
 
 
-@pytest.mark.parametrize(("length", "is_shared"), [(10, False), (5000, True)])
-def test_long_lists_and_parameters_are_shared_with_the_closure(length, is_shared):
+def test_parameters_and_long_lists_are_those_of_the_loop():
     torch.manual_seed(0)
     model = nn.Linear(5, 3, dtype=torch.float64)
-    data, weight, box = list(range(length)), model.weight, Box()
+    data, weight, seen = list(range(5000)), model.weight, SimpleQueue()
     sam = new_sam(model, sam_rho=0.1)
 
     def closure():
-        box.seen.append(id(data))
+        seen.put(id(data))
         return (weight * data[3]).square().sum()
 
     sam.backward(closure)
     assert_near(model.weight.grad, 18 * (model.weight + 0.1 * model.weight / model.weight.norm()))
-    assert (box.seen[0] == box.seen[1]) == is_shared
+    assert drain(seen) == [id(data)] * 2
 
 
 def test_after_the_first_pass_inputs_are_copied_only_if_they_are_written():
-    model, box = new_model(), Box()
+    model = new_model()
     sam = new_sam(model)
-    for is_end in (False, True):
+    for _ in range(2):
         batch = {"x": BATCH["x"].clone(), "labels": BATCH["labels"].clone()}
 
         def closure():
-            box.seen.append(batch["x"].data_ptr())  # noqa: B023
-            box.seen.append(batch["labels"].data_ptr())  # noqa: B023
             batch["x"].add_(1)  # noqa: B023
             return model(**batch)["loss"]  # noqa: B023
 
-        sam.backward(closure, end_of_update=is_end)
-    second, again = box.seen[2:4], box.seen[6:8]
-    assert second[0] != again[0] and second[1] == again[1]
+        sam.backward(closure)
+        model.zero_grad()
+    kept = sam._closures.keep(closure)
+    assert {x.path for x in kept._inputs if x.copy is not None} == {"batch.x"}
+
+
+def test_a_loop_may_reuse_the_memory_of_a_batch():
+    model, expected = new_model(), plain_gradients(new_model(), BATCH, OTHER)
+    sam, buffer = new_sam(model, sam_rho=1e-9), {k: v.clone() for k, v in BATCH.items()}
+    for source, is_end in ((BATCH, False), (OTHER, True)):
+        for name, tensor in source.items():
+            buffer[name].copy_(tensor)
+        sam.backward(lambda: model(**buffer)["loss"], end_of_update=is_end)
+    assert_near(gradients(model), expected)
+    assert all(torch.equal(buffer[name], tensor) for name, tensor in OTHER.items())
 
 
 def test_inputs_that_are_written_for_the_first_time_later_are_told():
-    model, calls = new_model(), Box()
+    model, calls = new_model(), SimpleQueue()
     sam = new_sam(model)
     batch = {"x": BATCH["x"].clone(), "labels": BATCH["labels"]}
 
     def closure():
-        calls.seen.append(1)
-        if len(calls.seen) > 2:
+        calls.put(1)
+        if calls.qsize() > 2:
             batch["x"].add_(1)
         return model(**batch)["loss"]
 
     sam.backward(closure)
     model.zero_grad()
-    with pytest.warns(UserWarning, match=r"wrote into the input .*batch\.x.* for the first time"):
+    with pytest.warns(UserWarning, match=r"The input 'batch\.x' of a closure was written"):
         sam.backward(closure)
+
+
+def exact_gradients(model: nn.Module, loss, rho: float) -> list[torch.Tensor]:
+    """g_s by hand, of a loss that may be called again."""
+    trained = list(model.parameters())
+    g = torch.autograd.grad(loss(), trained)
+    norm = torch.stack([x.norm() for x in g]).norm()
+    with torch.no_grad():
+        before = [p.clone() for p in trained]
+        for p, x in zip(trained, g, strict=True):
+            p.add_(rho * x / norm)
+    g_s = torch.autograd.grad(loss(), trained)
+    with torch.no_grad():
+        for p, w in zip(trained, before, strict=True):
+            p.copy_(w)
+    return list(g_s)
+
+
+class Holder:
+    """An object of the user's, whose attributes are the loop's variables."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.batch, self.calls = model, BATCH, 0
+
+    def loss(self):
+        self.calls += 1
+        return self.model(**self.batch)["loss"]
+
+    __call__ = loss
+
+
+def _of_the_same_place(weight):
+    return lambda out: weight * out["loss"]
+
+
+def _closures(model):
+    """Closures of many kinds, each with the loss that it computes."""
+
+    def weighted(factor):
+        return lambda: factor * model(**BATCH)["loss"]
+
+    first, second = _of_the_same_place(1.0), _of_the_same_place(0.1)
+    settings, cache, holder = {"factor": 1.0}, {}, Holder(model)
+    pair, generator = [], torch.Generator().manual_seed(0)
+    alias = pair
+
+    def prepare():
+        settings["factor"] = 2.0
+
+    def prepared():
+        prepare()
+        return settings["factor"] * model(**BATCH)["loss"]
+
+    def fill():
+        cache["out"] = model(**BATCH)
+
+    def cached():
+        fill()
+        return cache["out"]["loss"]
+
+    def aliased():
+        pair.append(model(**BATCH)["loss"])
+        return alias[-1]
+
+    def random():
+        noise = torch.randn(6, 5, dtype=torch.float64, generator=generator)
+        return model(BATCH["x"] + noise, BATCH["labels"])["loss"]
+
+    def counting():
+        counting.calls += 1
+        return counting.calls * model(**BATCH)["loss"]
+
+    counting.calls = 0
+    start = torch.Generator().manual_seed(0)
+    noise = torch.randn(6, 5, dtype=torch.float64, generator=start)
+    plain = weighted(1.0)
+    return {
+        "two functions of one place": (
+            lambda: first(model(**BATCH)) + second(model(**BATCH)),
+            weighted(1.1),
+        ),
+        "a helper that writes a dictionary": (prepared, weighted(2.0)),
+        "a dictionary between helpers": (cached, plain),
+        "two names of one list": (aliased, plain),
+        "a generator of its own": (
+            random,
+            lambda: model(BATCH["x"] + noise, BATCH["labels"])["loss"],
+        ),
+        "an attribute of the function": (counting, plain),
+        "a method": (holder.loss, plain),
+        "an object": (holder, plain),
+        "a decorated function": (torch.enable_grad()(plain), plain),
+        "a function in a dictionary": (lambda: {"f": plain}["f"](), plain),
+    }
+
+
+@pytest.mark.parametrize("name", _closures(new_model()))
+def test_closures_of_every_kind_are_replayed_as_they_are(name):
+    model = new_model()
+    closure, loss = _closures(model)[name]
+    expected = exact_gradients(model, loss, 0.3)
+    new_sam(model, sam_rho=0.3).backward(closure)
+    assert_near(gradients(model), expected, 1e-10)
+
+
+def test_what_objects_and_hooks_of_the_closure_hold_changes_once():
+    model, holder, features = new_model(), None, {}
+    holder = Holder(model)
+    sam = new_sam(model, sam_rho=0.3)
+    hook = model.first.register_forward_hook(lambda *args: features.update(h=args[2]))
+    sam.backward(lambda: holder.loss() + 0.1 * features["h"].square().mean())
+    hook.remove()
+    assert holder.calls == 1
+    expected = exact_gradients(
+        model,
+        lambda: model(**BATCH)["loss"] + 0.1 * model.first(BATCH["x"]).square().mean(),
+        0.3,
+    )
+    assert_near(gradients(model), expected, 1e-10)
+
+
+def test_the_attributes_that_a_loop_rebinds_are_those_of_each_micro_batch():
+    model = new_model()
+    holder, sam = Holder(model), new_sam(model, sam_rho=1e-9)
+    for batch, is_end in ((BATCH, False), (OTHER, True)):
+        holder.batch = batch
+        sam.backward(holder.loss, end_of_update=is_end)
+    assert_near(gradients(model), plain_gradients(new_model(), BATCH, OTHER))
+    assert holder.batch is OTHER and holder.calls == 2
+
+
+def test_a_module_of_one_update_is_not_kept():
+    model = new_model()
+    sam = new_sam(model)
+    extra = nn.BatchNorm1d(5, dtype=torch.float64)
+    gone = weakref.ref(extra)
+    sam.backward(lambda: model(extra(BATCH["x"]), BATCH["labels"])["loss"])
+    assert extra.num_batches_tracked == 1
+    extra = None
+    for _ in range(2):
+        sam.backward(lambda: model(**BATCH)["loss"])
+    gc.collect()
+    assert gone() is None
 
 
 # ---- Metrics ---------------------------------------------------------------------------------
@@ -403,17 +556,17 @@ def test_under_autocast_the_closure_computes_in_half_precision_and_the_engine_do
 def test_within_autocast_of_the_loop_e_is_computed_in_full_precision():
     """Long inner products would be rounded to bfloat16."""
     torch.manual_seed(0)
-    model, x, moved = nn.Linear(300, 300), torch.randn(4, 300), Box()
+    model, x, moved = nn.Linear(300, 300), torch.randn(4, 300), SimpleQueue()
     w = weights(model)
 
     def closure():
         parts = [p.detach() - w[n] for n, p in model.named_parameters()]
-        moved.seen.append(torch.cat([part.flatten() for part in parts]).norm().item())
+        moved.put(torch.cat([part.flatten() for part in parts]).norm().item())
         return model(x).float().square().mean()
 
     with torch.autocast("cpu", torch.bfloat16):
         new_sam(model, sam_rho=0.1).backward(closure)
-    assert moved.seen == [0, pytest.approx(0.1, rel=1e-5)]
+    assert drain(moved) == [0, pytest.approx(0.1, rel=1e-5)]
 
 
 def test_a_gradient_scaler_scales_both_passes_and_its_skipped_steps_change_nothing():
