@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from .config import SAMConfig
 from .distributed import reshard, validate_loop
-from .distributed.loop import PlainAccelerator, gathered, is_deepspeed, loop_layout, unwrapped
+from .distributed.loop import (
+    PlainAccelerator,
+    accumulating,
+    gathered,
+    is_deepspeed,
+    loop_layout,
+    unwrapped,
+)
 from .engine.closure import ClosureKeeper, loss_of
 from .engine.method_state import MethodStateCheckpoint
 from .engine.parameters import TrainedParameters, canonical_name
@@ -39,8 +46,9 @@ class SAM:
 
     Without Accelerate, leave `accelerator` out; clipping, `optimizer.step()`, the scheduler and
     `zero_grad()` stay the loop's own in both cases. Several models that are trained in one loop (a
-    GAN) need one `SAM` each; gradients that one model's loss leaves in the parameters of another
-    are those of both passes, so clear them before they are used.
+    GAN) need one `SAM` each; gradients that one model's loss leaves in parameters of another
+    optimizer are those of both passes, so clear them before they are used. A model has one
+    optimizer and one `SAM`.
 
     Args:
         model: the model as the loop calls it: as `accelerator.prepare` returned it, or plain,
@@ -66,9 +74,8 @@ class SAM:
         total_steps: int | None = None,
     ) -> None:
         self.config = config = SAMConfig() if config is None else config
-        validate_loop(model, optimizer, config, accelerator, total_steps)
+        validate_loop(model, optimizer, config, accelerator, scaler, total_steps)
         self._total = 0 if total_steps is None else total_steps
-        self._is_plain_loop = accelerator is None
         self._accelerator = PlainAccelerator(model, scaler) if accelerator is None else accelerator
         self._model, self._optimizer = model, optimizer
         self._shares_loss = is_deepspeed(accelerator)
@@ -112,37 +119,46 @@ class SAM:
         closure does.
 
         Args:
-            closure: runs the forward pass; returns the loss, 0-dimensional, or an output with
-                `.loss`. Without Accelerate, it divides the loss by the number of micro-batches, as
-                in any loop.
-            end_of_update: without Accelerate, False for all micro-batches of an update but the
-                last. Accelerate knows by itself (`accelerator.accumulate`).
+            closure: runs the forward pass; returns the loss, one number, or an output with
+                `.loss`. Where Accelerate does not, it divides the loss by the number of micro-
+                batches, as in any loop.
+            end_of_update: False for all micro-batches of an update but the last, unless
+                `accelerator.accumulate` tells it.
 
         Returns:
             The loss at w that the closure returned, detached.
 
         Raises:
-            TypeError: `closure` is no function, or returns no loss.
-            ValueError: the loss is not one number or has no graph, or `end_of_update` is given
-                although Accelerate tells.
+            TypeError: `closure` is not callable, or returns no loss.
+            ValueError: the loss is not one number or has no graph; `end_of_update` is given where
+                Accelerate tells it; or the end of an update is not reduced.
             RuntimeError: the closure cannot be replayed: it reads from an iterator, or from a
                 tensor that was computed with gradients before.
         """
-        if not callable(closure):
+        if not callable(closure) or isinstance(closure, nn.Module):
             raise TypeError(
                 f"sam.backward takes a function that computes the loss, got a "
                 f"{type(closure).__name__}: sam.backward(lambda: model(**batch).loss)."
             )
-        if not self._is_plain_loop and not end_of_update:
+        if self._steps > 1 and not end_of_update:
             raise ValueError(
-                "end_of_update=False has no effect with an accelerator, which tells it by "
-                "accelerator.accumulate(model). Leave it out."
+                f"end_of_update=False has no effect with gradient_accumulation_steps={self._steps} "
+                "of the accelerator, which tells the end by accelerator.accumulate(model). Leave "
+                "it out."
             )
+        if end_of_update and getattr(self._model, "require_backward_grad_sync", True) is False:
+            is_end = self._accelerator.sync_gradients
+            if is_end:
+                raise ValueError(
+                    "The last micro-batch of an update is run in no_sync(), which leaves out the "
+                    "reduction over the processes. Pass end_of_update=False for the others instead."
+                )
         accelerator = self._accelerator
-        with self._accumulating(end_of_update):
+        with nullcontext() if end_of_update else accumulating(accelerator, self._model):
             if self.config.sam_rho == 0:
                 loss = loss_of(closure())
                 accelerator.backward(loss)
+                self._updates += bool(accelerator.sync_gradients)
                 return loss.detach()
             self._require_step()
             batch = _LoopBatch(self, closure)
@@ -188,6 +204,11 @@ class SAM:
         Raises:
             ValueError: it is that of another method, or of another number of processes.
         """
+        if state_dict.keys() != (expected := {"updates", "config", "states"}):
+            raise ValueError(
+                f"The state has the keys {sorted(state_dict)}. Allowed: those of SAM.state_dict(), "
+                f"{sorted(expected)}."
+            )
         config, states = state_dict["config"], state_dict["states"]
         if config["sam_method"] != self.config.sam_method:
             raise ValueError(
@@ -223,11 +244,6 @@ class SAM:
         is_plain = self.config.sam_rho == 0
         return is_plain or self._layout.shares_state(self.config.sam_scope == "micro_batch")
 
-    def _accumulating(self, end_of_update: bool) -> AbstractContextManager[None]:
-        """Without Accelerate: no reduction over the processes before the end of an update."""
-        plain = self._accelerator
-        return nullcontext() if end_of_update else plain.accumulating(self._model)
-
     def _require_step(self) -> None:
         """Refuse a second update before the optimizer step that uses what the first has kept."""
         engine = self._engine
@@ -247,8 +263,8 @@ class SAM:
         if self._engine.micro_batches:
             raise RuntimeError(
                 f"optimizer.step() was called after {self._engine.micro_batches} micro-batches of "
-                "an update that is not complete: end_of_update=False was passed for all of them. "
-                "Step after the last one."
+                "an update that is not complete. Step after its last one, for which end_of_update "
+                "is True; after a failure, call optimizer.zero_grad() and begin again."
             )
 
 

@@ -32,7 +32,6 @@ from common.arguments import (
     check_range,
     check_used,
     option,
-    output_dir_option,
 )
 from common.cli import OptionParser, run_script
 from common.data import load_sets, require_texts, split_and_draw, train_tokenizer
@@ -101,7 +100,7 @@ class LanguageModelArguments(ModelArguments):
 class TrainArguments(SharpnessArguments, SAMConfig, SFTConfig):
     """The options of TRL's SFTTrainer, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/causal_lm", "tokenizer")
+    output_dir: str = option("Folder for the model, metrics and pictures.", "outputs/causal_lm")
 
 
 def load_data(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
-from common.arguments import SharpnessArguments, check_range, check_used, option, output_dir_option
+from common.arguments import SharpnessArguments, check_range, check_used, option
 from common.cli import InputError, OptionParser, run_script
 from torch.utils.data import Dataset, Subset
 
@@ -76,7 +76,7 @@ class ForecasterArguments:
 class TrainArguments(SharpnessArguments, SAMTrainingArguments):
     """The options of training, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/forecasting", "forecasts")
+    output_dir: str = option("Folder for the model, metrics and pictures.", "outputs/forecasting")
     early_stopping_patience: int | None = option(
         "Stop when the validation loss has not improved in this many evaluations, and keep the "
         "weights of the best one. A checkpoint is saved at each evaluation."

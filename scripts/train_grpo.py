@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
-from common.arguments import ModelArguments, ScriptArguments, check_range, option, output_dir_option
+from common.arguments import ModelArguments, ScriptArguments, check_range, option
 from common.cli import OptionParser, run_script
 from trl import GRPOConfig
 
@@ -57,7 +57,7 @@ class PromptArguments:
 class TrainArguments(ScriptArguments, SAMConfig, GRPOConfig):
     """The options of TRL's GRPOTrainer, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/grpo", "tokenizer")
+    output_dir: str = option("Folder for the model, metrics and pictures.", "outputs/grpo")
     eval_on_start: bool = option("Evaluate the reward before the training too.", default=True)
 
 

@@ -25,7 +25,6 @@ from common.arguments import (
     SharpnessArguments,
     check_used,
     option,
-    output_dir_option,
 )
 from common.cli import InputError, OptionParser, run_script
 from common.data import encode_labels, load_sets, require_column, split_and_draw, with_label_noise
@@ -73,7 +72,9 @@ class ModelArguments(ClassifierArguments):
 class TrainArguments(SharpnessArguments, SAMTrainingArguments):
     """The options of training, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/image_classification", "image processor")
+    output_dir: str = option(
+        "Folder for the model, metrics and pictures.", "outputs/image_classification"
+    )
 
 
 def load_data(args: DataArguments) -> tuple[str, datasets.Dataset, datasets.Dataset, list[str]]:

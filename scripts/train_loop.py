@@ -1,10 +1,8 @@
-"""Train an image classifier with SAM in a loop of your own, with Accelerate.
+"""Train an image classifier in a loop of your own: `sam.backward` for `accelerator.backward`.
 
 Examples:
     python scripts/train_loop.py
     accelerate launch --config_file configs/accelerate/ddp.yaml scripts/train_loop.py
-
-It is a usual loop in which `sam.backward` replaces `accelerator.backward`.
 """
 
 from __future__ import annotations
@@ -19,13 +17,11 @@ import torch
 from common.arguments import ClassifierArguments, check_range, option
 from common.cli import InputError, OptionParser, run_script
 
-from sam_hf import SAM, SAMConfig
+from sam_hf import SAMConfig
 
 
 @dataclass
 class LoopArguments:
-    """Data and training."""
-
     dataset_name: str | None = option("Labelled images; scikit-learn's digits if not given.")
     num_train_epochs: int = option("Epochs.", default=10)
     batch_size: int = option("Examples of a micro-batch, on each process.", default=64)
@@ -40,8 +36,8 @@ class LoopArguments:
         check_range(self, 1, math.inf, "num_train_epochs", "batch_size", "accumulation_steps")
         check_range(self, 0, math.inf, "learning_rate", "seed")
         folder = self.resume_from_checkpoint
-        if folder is not None and not Path(folder).is_dir():
-            raise ValueError(f"--resume_from_checkpoint {folder!r}: there is no such folder")
+        if folder is not None and not (Path(folder) / "custom_checkpoint_0.pkl").is_file():
+            raise ValueError(f"--resume_from_checkpoint {folder!r}: there is no checkpoint")
 
 
 def load_data(name: str | None) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -88,8 +84,12 @@ def main(argv: list[str] | None = None) -> float:
     parser = OptionParser((LoopArguments, ClassifierArguments, SAMConfig), __doc__)
     args, model_args, sam_config = parser.parse(argv)
     from accelerate import Accelerator, DataLoaderConfiguration
+    from common.resuming import require_writable
     from transformers import get_scheduler, set_seed
 
+    from sam_hf import SAM
+
+    require_writable(args.output_dir)
     accelerator = Accelerator(
         cpu=args.use_cpu,
         gradient_accumulation_steps=args.accumulation_steps,
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> float:
                 predicted = model(pixel_values=batch["pixel_values"]).logits.argmax(-1)
             hits.append(accelerator.gather_for_metrics(predicted == batch["labels"]))
         accuracy = torch.cat(hits).float().mean().item()
-        cosine = f"sam_grad_cosine {sam.metrics().get('sam_grad_cosine', 1):.3f}"
-        accelerator.print(f"epoch {epoch + 1}: loss {loss:.3f}, {cosine}, accuracy {accuracy:.4f}")
+        metrics = {name: round(value, 3) for name, value in sam.metrics().items()}
+        accelerator.print(f"epoch {epoch + 1}: loss {loss:.3f}, accuracy {accuracy:.4f}", metrics)
         accelerator.save_state(f"{args.output_dir}/epoch_{epoch + 1}")
 
     if accelerator.is_main_process:

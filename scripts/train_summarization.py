@@ -27,11 +27,10 @@ from common.arguments import (
     check_range,
     check_used,
     option,
-    output_dir_option,
 )
 from common.cli import InputError, OptionParser, run_script
 from common.data import load_sets, require_texts, split_and_draw, train_tokenizer
-from common.docstrings import describe_source, read_docstrings
+from common.docstrings import SOURCE, read_docstrings
 from transformers import Seq2SeqTrainingArguments
 
 from sam_hf import SAMConfig
@@ -69,7 +68,7 @@ class SummaryDataArguments(DataArguments):
 class TrainArguments(SharpnessArguments, SAMConfig, Seq2SeqTrainingArguments):
     """The options of the Seq2SeqTrainer, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/summarization", "tokenizer")
+    output_dir: str = option("Folder for the model, metrics and pictures.", "outputs/summarization")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +82,7 @@ def load_data(args: SummaryDataArguments) -> tuple[str, datasets.Dataset, datase
     Raises:
         InputError: there is no such source or column, or it holds no texts.
     """
-    name, sets = load_sets(args, describe_source(), lambda: (docstring_summaries(), None))
+    name, sets = load_sets(args, SOURCE, lambda: (docstring_summaries(), None))
     train, test = split_and_draw(args, sets)
     for data in (train, test):
         require_texts(data, "text_column", args.columns[0])
@@ -110,12 +109,17 @@ def build_model(
     """
     import transformers
     from common.experiment import load_pretrained, new_model
+    from tokenizers.processors import TemplateProcessing
 
     if args.model_name_or_path is not None:
         model = load_pretrained(transformers.AutoModelForSeq2SeqLM, args)
         return model, load_pretrained(transformers.AutoTokenizer, args)
     texts = (value for row in train for value in row.values())
-    tokenizer = train_tokenizer(texts, VOCAB_SIZE, end=True)
+    tokenizer = train_tokenizer(texts, VOCAB_SIZE)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)  # of each text, as T5 needs it
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[end]
+    )
     config = transformers.T5Config(
         d_model=64,
         d_kv=16,

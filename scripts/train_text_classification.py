@@ -2,7 +2,6 @@
 
 Examples:
     python scripts/train_text_classification.py configs/stdlib_docstrings.yaml
-    python scripts/train_text_classification.py configs/glue_rte.yaml --bf16
     python scripts/train_text_classification.py --train_file train.csv --validation_file test.csv \\
         --text_column question --label_column topic --output_dir outputs/my_texts
 
@@ -27,11 +26,10 @@ from common.arguments import (
     check_range,
     check_used,
     option,
-    output_dir_option,
 )
 from common.cli import InputError, OptionParser, run_script
 from common.data import encode_labels, load_sets, require_texts, split_and_draw, with_label_noise
-from common.docstrings import describe_source, split_docstrings
+from common.docstrings import SECTIONS, SOURCE, read_docstrings
 
 from sam_hf import SAMTrainingArguments
 
@@ -88,24 +86,19 @@ ModelArguments = ClassifierArguments  # a pretrained model, or an untrained BERT
 class TrainArguments(SharpnessArguments, SAMTrainingArguments):
     """The options of training, of SAM, and of the comparison with plain training."""
 
-    output_dir: str = output_dir_option("outputs/text_classification", "tokenizer")
+    output_dir: str = option(
+        "Folder for the model, metrics and pictures.", "outputs/text_classification"
+    )
 
 
 def load_data(args: DataArguments) -> tuple[str, datasets.Dataset, datasets.Dataset, list[str]]:
-    """The data's name, both sets, and the classes: a single one stands for regression.
-
-    The sets have the columns `text`, `labels` and, if the texts are pairs, `text_pair`.
-
-    Raises:
-        InputError: there is no such source or column, or it holds no texts or labels.
-    """
+    """The data's name, both sets, and the classes: a single one stands for regression."""
     label, columns = args.label_column or "label", {args.text_column or "text": "text"}
     if args.text_pair_column in columns:
         raise InputError(f"--text_pair_column {args.text_pair_column!r} holds the first texts too")
     if args.text_pair_column is not None:
         columns[args.text_pair_column] = "text_pair"
-    built_in = partial(split_docstrings, args.eval_fraction or 0.2)
-    name, sets = load_sets(args, describe_source(), built_in)
+    name, sets = load_sets(args, SOURCE, partial(split_docstrings, args.eval_fraction or 0.2))
     given = [data for data in sets if data]
     for data, column in product(given, columns):
         require_texts(data, f"{columns[column]}_column", column)
@@ -122,6 +115,18 @@ def load_data(args: DataArguments) -> tuple[str, datasets.Dataset, datasets.Data
     return f"GLUE {args.task_name}" if args.task_name else name, train, test, class_names
 
 
+def split_docstrings(eval_fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Docstrings and their sections; those of one definition, which share phrases, in one set."""
+    from sklearn.model_selection import GroupShuffleSplit  # here: importing it takes a second
+
+    texts, sections, definitions = zip(*read_docstrings(), strict=True)
+    data = datasets.Dataset.from_dict({"text": texts, "label": sections})
+    data = data.cast_column("label", datasets.ClassLabel(names=list(SECTIONS)))
+    splitter = GroupShuffleSplit(1, test_size=eval_fraction, random_state=0)
+    train, test = next(splitter.split(texts, groups=definitions))
+    return data.select(train), data.select(test)
+
+
 def _read_numbers(data: datasets.Dataset, column: str) -> datasets.Dataset:
     """The numbers of a regression, as `labels`."""
     numbers = np.array(data[column][:], dtype=float)
@@ -133,11 +138,7 @@ def _read_numbers(data: datasets.Dataset, column: str) -> datasets.Dataset:
 def build_model(
     args: ModelArguments, class_names: list[str], train: datasets.Dataset, max_length: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, with an output for each class, and its tokenizer.
-
-    Raises:
-        InputError: there is no such model, or the sizes do not fit together.
-    """
+    """The model, with an output for each class, and its tokenizer."""
     import transformers
     from common.experiment import class_labels, load_pretrained, new_model
 
@@ -153,7 +154,6 @@ def build_model(
             tokenizer.pad_token = tokenizer.eos_token
             model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
-
     texts = (text for row in train.remove_columns("labels") for text in row.values())
     tokenizer = train_tokenizer(texts, max_length)
     options |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -49,12 +49,6 @@ class PlainAccelerator:
     def sync_gradients(self) -> bool:
         return bool(self.gradient_state.sync_gradients)
 
-    @contextmanager
-    def accumulating(self, model: nn.Module) -> Iterator[None]:
-        """Context of a micro-batch before the last one of its update."""
-        with patched(self.gradient_state, sync_gradients=False), self.no_sync(model):
-            yield
-
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward(**kwargs)
@@ -76,6 +70,13 @@ class PlainAccelerator:
         if self.num_processes > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
+
+
+@contextmanager
+def accumulating(accelerator: Any, model: nn.Module) -> Iterator[None]:
+    """Context of a micro-batch before the last one of its update."""
+    with patched(accelerator.gradient_state, sync_gradients=False), accelerator.no_sync(model):
+        yield
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -78,9 +78,9 @@ def validate_layout(trainer: Any) -> None:
 
 
 def validate_loop(
-    model: Any, optimizer: Any, config: SAMConfig, accelerator: Any, total_steps: int | None
+    model: Any, optimizer: Any, config: Any, accelerator: Any, scaler: Any, total_steps: Any
 ) -> None:
-    """The same for a loop of the user's own.
+    """Refuse the arguments of `SAM` with which an update would be wrong.
 
     Raises:
         TypeError: something else than a model, an optimizer and options is given.
@@ -91,9 +91,20 @@ def validate_loop(
         raise TypeError(f"SAM takes the model, got {given}: SAM(model, optimizer, config).")
     if not hasattr(optimizer, "param_groups"):
         kind = type(optimizer).__name__
-        raise TypeError(f"SAM takes an optimizer that was made, got {kind}: SAM(model, optimizer).")
+        given = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else f"a {kind}"
+        raise TypeError(f"SAM takes an optimizer instance, got {given}: SAM(model, optimizer).")
     if not isinstance(config, SAMConfig):
         raise TypeError(f"config={config!r} is not allowed. Allowed: a SAMConfig or None.")
+    if total_steps is not None and not (isinstance(total_steps, int) and total_steps >= 1):
+        raise ValueError(
+            f"total_steps={total_steps!r} is not allowed. Allowed: 1 or more, or None."
+        )
+    if accelerator is None and type(optimizer).__name__ == "AcceleratedOptimizer":
+        raise ValueError("Accelerate has prepared the optimizer. Pass accelerator= to SAM too.")
+    if accelerator is not None and scaler is not None:
+        raise ValueError(
+            "scaler= is for loops without Accelerate, which has its own. Leave it out."
+        )
     if config.sam_rho == 0:
         return
     _validate_optimizer(optimizer)
@@ -213,8 +224,8 @@ def _validate_optimizer(optimizer: Any, optim: Any = "") -> None:
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
             f"The optimizer {name} evaluates the loss itself, in a closure that it gets in step(), "
-            "and the Trainer passes none. Choose an optim that steps with a given gradient, such "
-            "as 'adamw_torch' or 'sgd'."
+            "which SAM does not support. Choose one that steps with a given gradient, such as AdamW "
+            "or SGD."
         )
 
 

@@ -39,10 +39,11 @@ class GradientLedger:
         self._g: Grads | None = None  # a copy of g, where `.grad` holds something else
         self._shown: list[tuple[Tensor | None, int]] | None = None  # None: the scope starts
         self._foreign: Grads | None = None
-        self._is_taken = False
+        self._is_taken = self.is_lost = False
 
     def reset(self) -> None:
         """Start a new scope: all of `.grad` counts as foreign."""
+        self.is_lost = False  # whether g can no longer be told from foreign gradients
         self._is_taken, self._g, self._shown, self._foreign = False, None, None, None
 
     def was_cleared(self) -> bool:
@@ -75,11 +76,13 @@ class GradientLedger:
                 for g, (old, version) in zip(now, self._shown, strict=True)
             )
             if is_changed and self._g is None:
+                self.is_lost = True
                 raise RuntimeError(
-                    "Gradients were changed between two micro-batches of an update, outside of "
-                    "training_step and compute_loss, so that SAM cannot tell which part of them is "
-                    "the gradient of the loss. Change them in training_step or in "
-                    "on_pre_optimizer_step, or set sam_scope='micro_batch' or sam_rho=0."
+                    "Gradients were changed between two micro-batches of an update, so that SAM "
+                    "cannot tell which part of them is the gradient of the loss. Change them in "
+                    "training_step or in on_pre_optimizer_step (a Trainer), before the first or "
+                    "after the last micro-batch (a loop of your own), or set "
+                    "sam_scope='micro_batch' or sam_rho=0."
                 )
             if is_changed and self._g is not None:
                 self._foreign = self._add_(now, self._g, -1)

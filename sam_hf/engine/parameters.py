@@ -88,13 +88,12 @@ class TrainedParameters:
 
     def __init__(self, model: nn.Module, optimizer: Any, sam_params: str) -> None:
         self.selected = select_parameters(model, sam_params)
-        self.groups = parameter_groups(model)
         if found := [name for name, p in self.selected.items() if p.is_complex()]:
             raise ValueError(
                 f"{', '.join(found)}: complex parameters are not supported. Exclude them with "
                 "sam_params, or set sam_rho=0."
             )
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._sam_params = model, optimizer, sam_params
         self._in_model: list[nn.Parameter] = []
         self._key: Any = None
         self.trained: dict[str, Tensor] = {}
@@ -111,6 +110,8 @@ class TrainedParameters:
         if self._key == ([p.requires_grad for p in self._in_model], stepped):
             return False
         self._in_model = list(self._model.parameters())
+        self.selected = select_parameters(self._model, self._sam_params)
+        self.groups = parameter_groups(self._model)
         self._key = ([p.requires_grad for p in self._in_model], stepped)
         self.everything = list(dict.fromkeys([*self._in_model, *in_optimizer]))
         ids = set(stepped)

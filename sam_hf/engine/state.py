@@ -126,12 +126,8 @@ class StateTracker:
         self._modules, self._ignored = list(modules), list(ignored)
         self._rewritten: set[int] = set()  # ids of long containers
         self._is_first = True
+        self._large_frozen: list[Tensor] = []
         self._walk()
-        frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
-        trained = sum(x.nbytes for x in self._ignored if isinstance(x, nn.Parameter))
-        # A copy of a base model under adapters would not fit the memory budget: their norms tell
-        # whether the first pass writes them.
-        self._large_frozen = frozen if sum(t.nbytes for t in frozen) > trained else []
         self._is_searching = True  # what an owner gets before the first pass is found too
 
     def _walk(self) -> None:
@@ -154,6 +150,11 @@ class StateTracker:
             self._add_module(module)
         for root in self._roots:
             self._visit_all(root.values(), root)
+        frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
+        trained = sum(x.nbytes for x in self._ignored if isinstance(x, nn.Parameter))
+        # A copy of a base model under adapters would not fit the memory budget: their norms tell
+        # whether the first pass writes them.
+        self._large_frozen = frozen if sum(t.nbytes for t in frozen) > trained else []
         self._is_searching = False
 
     # ---- What there is -----------------------------------------------------------------------

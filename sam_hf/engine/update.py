@@ -133,6 +133,8 @@ class UpdateEngine:
             self.micro_batches += 1
             loss = self._run(batch)
         except BaseException:
+            if self.ledger.is_lost:
+                self.discard_update()
             if self.micro_batches:  # otherwise the whole update was discarded
                 self.micro_batches, self._passes = before
             raise

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+POSITIVE = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps"
+NOT_NEGATIVE = "learning_rate weight_decay adam_epsilon seed max_grad_norm dataloader_num_workers"
+NO_EFFECT = "do_predict prediction_loss_only batch_eval_metrics label_names metric_for_best_model"
+CHOOSING = {"save_strategy": "best", "lr_scheduler_type": "reduce_lr_on_plateau"}
+CHOOSING |= {"load_best_model_at_end": True}
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -38,8 +45,8 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset_name: str | None = option(
-        "Data set on the Hub, or a folder that `datasets` can load, such as one of images with a "
-        "sub-folder for each class. Without it and --train_file: the built-in examples."
+        "Data set on the Hub, or a folder that `datasets` can load. Without it and --train_file: "
+        "the built-in examples."
     )
     dataset_config_name: str | None = option("Configuration of the data set.")
     train_split: str | None = option("Training split of the data set. 'train' if not given.")
@@ -50,19 +57,18 @@ class DataArguments:
         "Hold out this share of the training examples for evaluation, the same for every --seed. "
         "0.2 where there are no evaluation examples."
     )
-    max_train_samples: int | None = option(
-        "Train on so many examples, a random subset that is the same for every --seed."
-    )
-    max_eval_samples: int | None = option(
-        "Evaluate on so many examples, a random subset that is the same for every --seed."
-    )
+    max_train_samples: int | None = option("Train on a random subset, the same for every --seed.")
+    max_eval_samples: int | None = option("Evaluate on a random subset, the same for every --seed.")
 
     def __post_init__(self) -> None:
+        from sam_hf.config.file import is_missing_path  # here: seconds to import
+
+        if self.dataset_name is not None and is_missing_path(self.dataset_name):
+            raise ValueError(f"--dataset_name: there is no folder {self.dataset_name!r}")
         hub = ("dataset_config_name", "train_split", "eval_split")
         check_used(self, hub, self.dataset_name is not None, "without --dataset_name")
         check_used(self, ["validation_file"], self.train_file is not None, "without --train_file")
-        if self.dataset_name is not None and self.train_file is not None:
-            raise ValueError("give --dataset_name or --train_file, not both")
+        check_used(self, ["train_file"], self.dataset_name is None, "with --dataset_name")
         has_own = self.eval_split is not None or self.validation_file is not None
         check_used(self, ["eval_fraction"], not has_own, "on evaluation data that is given")
         check_range(self, 1, math.inf, "max_train_samples", "max_eval_samples")
@@ -75,9 +81,7 @@ class DataArguments:
 
     @property
     def hub_dataset(self) -> str | None:
-        """The data set's name on the Hub, if it comes from there."""
-        is_local = self.dataset_name is None or Path(self.dataset_name).exists()
-        return None if is_local else self.dataset_name
+        return None if Path(self.dataset_name or ".").exists() else self.dataset_name
 
 
 @dataclass
@@ -86,9 +90,7 @@ class LabeledDataArguments(DataArguments):
 
     label_column: str | None = option("Column with the labels. 'label' if not given.")
     label_noise: float = option(
-        "Symmetric label noise: this share of the training labels is replaced by another class, "
-        "drawn uniformly. The evaluation labels are not changed.",
-        default=0.0,
+        "Share of the training labels that is replaced by another class, drawn uniformly.", 0.0
     )
 
     def __post_init__(self) -> None:
@@ -103,30 +105,29 @@ class LabeledDataArguments(DataArguments):
 
 @dataclass
 class ModelArguments:
-    """A pretrained model, or a small one that is made from its configuration."""
+    """A pretrained model, or a small untrained one."""
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = option(
-        "Pretrained model on the Hub or in a folder. Without it, a small untrained model."
-    )
+    model_name_or_path: str | None = option("Pretrained model on the Hub or in a folder.")
     config_overrides: str | None = option(
-        "Changes to the configuration of the untrained model, such as "
-        "hidden_size=128,num_hidden_layers=4."
+        "Configuration of the untrained model, such as hidden_size=128,num_hidden_layers=4."
     )
 
     def __post_init__(self) -> None:
-        is_new = self.model_name_or_path is None
-        check_used(self, ["config_overrides"], is_new, "with --model_name_or_path")
+        from sam_hf.config.file import is_missing_path
+
+        name = self.model_name_or_path
+        if name is not None and is_missing_path(name):
+            raise ValueError(f"--model_name_or_path: there is no folder {name!r}")
+        check_used(self, ["config_overrides"], not name, "with --model_name_or_path")
 
 
 @dataclass
 class ClassifierArguments(ModelArguments):
     """A model with one output for each class."""
 
-    ignore_mismatched_sizes: bool = option(
-        "Give a pretrained model with another number of classes a new head.", default=False
-    )
+    ignore_mismatched_sizes: bool = option("Replace a head with other classes.", default=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,35 +137,39 @@ class ClassifierArguments(ModelArguments):
 
 @dataclass
 class ScriptArguments:
-    """Options beside those of training. It stands before `SAMTrainingArguments` in the MRO."""
+    """Options in addition to those of training. Precedes `SAMTrainingArguments` in the MRO."""
 
     _argument_group_name = "script"
 
-    resume_from_checkpoint: str | None = option(
-        "Checkpoint to resume from: a folder, or True for the newest in --output_dir."
-    )
+    resume_from_checkpoint: str | None = option("Folder, or True: the newest in --output_dir.")
     compare_with_plain: bool = option(
         "Afterwards train the same model from the same initial weights without SAM, for the same "
         "number of forward-backward passes (equal compute), and report both.",
         default=False,
     )
-    torch_num_threads: int | None = option(
-        "CPU threads of torch; its own choice if not given. 1 is best for a tiny model."
-    )
+    torch_num_threads: int | None = option("CPU threads of torch. 1 is best for a tiny model.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's default would make a CPU slower
         super().__post_init__()
-        check_range(self, 1, math.inf, "torch_num_threads")
         # Pinned memory speeds up copies to an accelerator. Without one, torch only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         check_used(self, ["compare_with_plain"], self.sam_rho > 0, "with --sam_rho 0")
+        check_used(self, ["fp16"], self.device.type != "cpu", "without a GPU: choose --bf16")
+        # The Trainer accepts less, and fails late or trains nothing.
+        check_range(self, 1, math.inf, "torch_num_threads", *POSITIVE.split())
+        check_range(self, 0, math.inf, *NOT_NEGATIVE.split())
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        for name, value in CHOOSING.items():
+            if getattr(self, name) == value:
+                raise ValueError(f"--{name} {value} would choose the model on the test data")
+        check_used(self, NO_EFFECT.split(), False, "in this script, which reports the final model")
         if self.compare_with_plain and self.deepspeed_plugin is not None:
-            raise ValueError(
-                "--compare_with_plain is not supported with DeepSpeed, which trains one model in a "
-                "process: train again with --sam_rho 0 instead"
-            )
+            raise ValueError("--compare_with_plain is not supported with DeepSpeed")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and self.world_size == 1:
+            raise ValueError("several processes without a GPU each train alone: give --use_cpu")
 
 
 @dataclass
@@ -172,13 +177,10 @@ class SharpnessArguments(ScriptArguments):
     """The options of scripts whose loss is a function of the weights on fixed examples."""
 
     sharpness_every: int | None = option(
-        "Measure the sharpness of the evaluation loss every so many updates, log it as sharpness/* "
-        "and draw it; 0: at the end only. It takes at most a tenth of the training's passes, and "
-        "what would exceed that is skipped. Not supported with FSDP and DeepSpeed."
+        "Measure the sharpness of the evaluation loss every so many updates (0: at the end only), "
+        "log and draw it. At most a tenth of the training's passes is spent on it."
     )
-    sharpness_examples: int | None = option(
-        "Number of examples to measure the sharpness on. 256 if not given."
-    )
+    sharpness_examples: int | None = option("Examples to measure it on. 256 if not given.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,12 +188,3 @@ class SharpnessArguments(ScriptArguments):
         check_range(self, 1, math.inf, "sharpness_examples")
         is_measured = self.sharpness_every is not None
         check_used(self, ["sharpness_examples"], is_measured, "without --sharpness_every")
-
-
-def output_dir_option(default: str, saved: str) -> Any:
-    """--output_dir of a script that saves the model and `saved`."""
-    return option(
-        f"Folder for the model, the {saved}, the metrics and the picture. Those of an earlier run "
-        "are overwritten; if it holds checkpoints of an earlier run, the run is refused.",
-        default=default,
-    )

@@ -10,23 +10,15 @@ import datasets
 import numpy as np
 from common.arguments import DataArguments
 from common.cli import InputError, closest
-
-from sam_hf.config.file import is_missing_path
+from datasets import ClassLabel, Dataset
 
 SPLIT_SEED = 0  # for what must be the same in every run, whatever its --seed
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-Sets = tuple[datasets.Dataset, datasets.Dataset | None]
+Sets = tuple[Dataset, Dataset | None]
 
 
 def load_sets(args: DataArguments, name: str, built_in: Callable[[], Sets]) -> tuple[str, Sets]:
-    """The data's name, and the training and the evaluation examples, None if there are none.
-
-    Args:
-        name, built_in: the built-in examples, where the options name no others.
-
-    Raises:
-        InputError: there is no such source, or it cannot be read.
-    """
+    """The data's name, and the training and the evaluation examples, None if there are none."""
     if args.is_built_in:
         return name, built_in()
     if args.train_file is not None:
@@ -34,8 +26,6 @@ def load_sets(args: DataArguments, name: str, built_in: Callable[[], Sets]) -> t
         test = args.validation_file and load_files("validation_file", args.validation_file)
         return name, (load_files("train_file", args.train_file), test)
     name, config = str(args.dataset_name), args.dataset_config_name
-    if is_missing_path(name):
-        raise InputError(f"--dataset_name: there is no folder {name!r}")
     train = _load(f"--dataset_name {name}", name, config, split=args.train_split or "train")
     if args.eval_fraction is not None:  # rather than the data set's own evaluation examples
         return name, (train, None)
@@ -44,82 +34,42 @@ def load_sets(args: DataArguments, name: str, built_in: Callable[[], Sets]) -> t
     return name, (train, _load(option, name, config, split=split))
 
 
-def load_files(option: str, files: Sequence[str]) -> datasets.Dataset:
-    """Local files of one kind as one data set. In .txt files a blank line ends an example.
-
-    Raises:
-        InputError: a file is missing, of an unknown kind, or cannot be read.
-    """
-    for file in files:
-        if not Path(file).is_file():
-            raise InputError(f"--{option} {file!r}: there is no such file")
-        if Path(file).suffix not in BUILDERS:
-            raise InputError(f"--{option} {file!r}: the names must end in {' or '.join(BUILDERS)}")
-    kinds = sorted({BUILDERS[Path(file).suffix] for file in files})
-    if len(kinds) > 1:
-        raise InputError(f"--{option}: the files must be of one kind, got {' and '.join(kinds)}")
-    options = {"sample_by": "paragraph"} if kinds == ["text"] else {}
-    return _load(f"--{option} {files}", kinds[0], data_files=files, split="train", **options)
+def load_files(option: str, files: Sequence[str]) -> Dataset:
+    """Local files of one kind as one data set. In .txt files a blank line ends an example."""
+    kind, *others = {BUILDERS.get(Path(file).suffix) for file in files}
+    if kind is None or others:
+        raise InputError(f"--{option} {files}: the names must end in one of {', '.join(BUILDERS)}")
+    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    return _load(f"--{option} {files}", kind, data_files=files, split="train", **options)
 
 
-def _load(option: str, *source: Any, **options: Any) -> datasets.Dataset:
+def _load(option: str, *source: Any, **options: Any) -> Dataset:
     try:
         return datasets.load_dataset(*source, **options)
-    # A source can fail with a dozen exceptions, of which the user reads the first line. `datasets`
-    # often says "an error occurred", and which in the cause; an empty source stops an iteration.
-    except Exception as error:
+    except Exception as error:  # of a dozen kinds, which say it in their first line or their cause
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        reason = (error.__cause__ or error) if is_vague else str(error).strip().split("\n")[0]
-        is_empty = isinstance(error, StopIteration)
-        reason = "it holds no examples" if is_empty else reason
+        reason = str((is_vague and error.__cause__) or error).splitlines()
+        reason = reason[0] if reason else "it holds no examples"
         raise InputError(f"{option} cannot be loaded: {reason}") from error
 
 
 def split_and_draw(
     args: DataArguments, sets: Sets, stratify: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Hold out evaluation examples if there are none, and draw --max_train_samples of the others.
-
-    Args:
-        stratify: column of class numbers of which both parts hold equal shares.
-
-    Raises:
-        InputError: a set has no examples, or too few.
-    """
+) -> tuple[Dataset, Dataset]:
+    """Hold out evaluation examples if there are none, and draw --max_train_samples of the rest."""
     train, test = sets
     if test is None:
-        fraction = args.eval_fraction or 0.2
-        train, test = hold_out(train, fraction, f"--eval_fraction {fraction}", stratify)
+        from sklearn.model_selection import train_test_split  # here: importing it takes a second
+
+        labels = None if stratify is None else np.array(train[stratify])
+        size, options = args.eval_fraction or 0.2, {"stratify": labels, "random_state": SPLIT_SEED}
+        try:
+            kept, held_out = train_test_split(np.arange(len(train)), test_size=size, **options)
+        except ValueError as error:  # a class with one example, or fewer examples than classes
+            raise InputError(f"--eval_fraction {size} cannot be held out: {error}") from error
+        train, test = train.select(kept), train.select(held_out)
     train = train.select(draw(len(train), args.max_train_samples))
-    test = test.select(draw(len(test), args.max_eval_samples))
-    for which, data in (("training", train), ("evaluation", test)):
-        if not len(data):
-            raise InputError(f"there are no {which} examples")
-    return train, test
-
-
-def hold_out(
-    data: datasets.Dataset, fraction: float, what: str, stratify: str | None = None
-) -> list[datasets.Dataset]:
-    """Two parts, the second with this fraction of the examples; the same every time.
-
-    Args:
-        what: the name of the second part in the error, with the option that asks for it.
-        stratify: column of class numbers of which both parts hold equal shares.
-
-    Raises:
-        InputError: there are too few examples.
-    """
-    from sklearn.model_selection import train_test_split  # here: importing it takes a second
-
-    labels = None if stratify is None else np.array(data[stratify])
-    try:
-        parts = train_test_split(
-            np.arange(len(data)), test_size=fraction, stratify=labels, random_state=SPLIT_SEED
-        )
-    except ValueError as error:  # a class with one example, or fewer examples than classes
-        raise InputError(f"{what} cannot be held out: {error}") from error
-    return [data.select(part) for part in parts]
+    return train, test.select(draw(len(test), args.max_eval_samples))
 
 
 def draw(size: int, limit: int | None) -> np.ndarray:
@@ -129,19 +79,17 @@ def draw(size: int, limit: int | None) -> np.ndarray:
     return np.random.default_rng(SPLIT_SEED).permutation(size)[:limit]
 
 
-def require_column(data: datasets.Dataset, option: str, column: str) -> None:
+def require_column(data: Dataset, option: str, column: str) -> None:
     """Raise an InputError if there is no such column."""
     if column not in data.column_names:
-        hint = closest(column, data.column_names)
-        known = ", ".join(data.column_names)
-        raise InputError(f"--{option}: there is no column {column!r}{hint}; the columns: {known}")
+        known = f"{closest(column, data.column_names)}; the columns: {', '.join(data.column_names)}"
+        raise InputError(f"--{option}: there is no column {column!r}{known}")
 
 
-def require_texts(data: datasets.Dataset, option: str, column: str) -> None:
+def require_texts(data: Dataset, option: str, column: str) -> None:
     """Raise an InputError unless the column exists and all of its values are texts."""
     require_column(data, option, column)
-    kinds = {type(value).__name__ for value in data[column]} - {"str"}
-    if kinds:
+    if kinds := {type(value).__name__ for value in data[column]} - {"str"}:
         raise InputError(f"--{option} {column!r} holds {' and '.join(sorted(kinds))}, not text")
 
 
@@ -149,52 +97,41 @@ def encode_labels(sets: Sets, column: str) -> tuple[Sets, list[str]]:
     """Replace the column by `labels`, class numbers, and name the classes in their order.
 
     The evaluation labels are numbered by name, as other files may number the classes differently.
-
-    Raises:
-        InputError: labels are missing, of a wrong kind, or unknown in the training examples.
     """
-    train, _ = sets
-    names, classes = _read_labels(train, column)
+    names = [[] if data is None else _read_labels(data, column) for data in sets]
+    feature = sets[0].features[column]
+    is_named = isinstance(feature, ClassLabel)
+    classes = feature.names if is_named else sorted(set(names[0]))
     if len(classes) < 2:
         raise InputError(f"--label_column {column!r} has the one class {classes}: two are needed")
+    if unknown := sorted(set(names[-1]) - set(classes)):
+        raise InputError(f"the evaluation examples have classes of their own: {unknown}")
     number = {name: i for i, name in enumerate(classes)}
-    encoded = []
-    for data in sets:
-        names = _read_labels(data, column)[0] if data is not None else []
-        unknown = sorted(set(names) - set(classes))
-        if unknown:
-            raise InputError(f"the evaluation examples have classes of their own: {unknown}")
-        labels = [number[name] for name in names]
-        encoded.append(data and data.remove_columns(column).add_column("labels", labels))
-    return (encoded[0], encoded[1]), [str(name) for name in classes]
+    train, test = (
+        data and data.remove_columns(column).add_column("labels", [number[n] for n in labels])
+        for data, labels in zip(sets, names, strict=True)
+    )
+    return (train, test), [str(name) for name in classes]
 
 
-def _read_labels(data: datasets.Dataset, column: str) -> tuple[list[Any], list[Any]]:
-    """The labels, as names for a ClassLabel, and the classes in their order."""
+def _read_labels(data: Dataset, column: str) -> list[Any]:
+    """The labels: integers or strings, or the names of a ClassLabel."""
     require_column(data, "label_column", column)
-    feature = data.features[column]
-    labels = list(data.select_columns([column])[column])
-    is_class = isinstance(feature, datasets.ClassLabel)
-    missing = sum(label is None or (is_class and label < 0) for label in labels)
-    if missing:
-        raise InputError(
-            f"--label_column {column!r}: {missing} of {len(labels)} examples have no label (empty "
-            "or -1): leave them out, or choose another split or column"
-        )
-    if is_class:
-        return feature.int2str(labels), feature.names
+    feature, labels = data.features[column], list(data.select_columns([column])[column])
+    is_class = isinstance(feature, ClassLabel)
+    if missing := sum(label is None or (is_class and label < 0) for label in labels):
+        found = f"{missing} of {len(labels)} examples have no label (empty or -1)"
+        raise InputError(f"--label_column {column!r}: {found}: leave them out")
     if not all(type(label) in (int, str) for label in labels):
         raise InputError(f"--label_column {column!r} holds {feature}, not integers or strings")
-    return labels, sorted(set(labels))
+    return feature.int2str(labels) if is_class else labels
 
 
-def with_label_noise(
-    data: datasets.Dataset, num_classes: int, fraction: float, seed: int = 0
-) -> datasets.Dataset:
+def with_label_noise(data: Dataset, num_classes: int, fraction: float) -> Dataset:
     """The examples with exactly round(fraction * N) of their `labels` changed."""
     if fraction == 0:
         return data
-    labels = add_symmetric_noise(np.array(data["labels"]), num_classes, fraction, seed)
+    labels = add_symmetric_noise(np.array(data["labels"]), num_classes, fraction, seed=0)
     return data.remove_columns("labels").add_column("labels", labels.tolist())
 
 
@@ -210,20 +147,10 @@ def add_symmetric_noise(
     return noisy
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, end: bool = False) -> Any:
-    """A byte-level BPE tokenizer made from these texts, of at least 260 tokens.
-
-    Args:
-        end: end every text with the end-of-text token, as an encoder-decoder needs it.
-    """
-    from tokenizers.processors import TemplateProcessing
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer made from these texts, of at least 260 tokens."""
     from transformers import GPT2Tokenizer
 
     eos = "<|endoftext|>"
     untrained = GPT2Tokenizer(unk_token=eos, bos_token=eos, eos_token=eos, pad_token="<|padding|>")
-    tokenizer = untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)
-    if end:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
-        )
-    return tokenizer
+    return untrained.train_new_from_iterator(texts, vocab_size, show_progress=False)

@@ -28,56 +28,30 @@ class Run:
     curve_data: str = "test"  # the data of the curve's scores
 
     @property
-    def metric(self) -> str:
-        return next(iter(self.scores))
-
-    @property
     def score(self) -> float:
-        return self.scores[self.metric]
-
-
-def in_words(metric: str) -> str:
-    return metric.replace("_", " ")
+        return next(iter(self.scores.values()))
 
 
 class QuietProgressBar(ProgressCallback):
     """The Trainer's bar, with the newest loss and score on it instead of a line per log."""
 
-    def __init__(self, name: str, metric: str, data: str = "test") -> None:
+    def __init__(self, name: str, metric: str) -> None:
         super().__init__()
-        self._name, self._shown = name.split(" (")[0], dict[str, str]()
-        score = f"{data} {in_words(metric)} {{:.3f}}"
-        self._formats = {"loss": "loss {:.2f}", f"eval_{metric}": score}
-
-    @classmethod
-    def show(cls, trainer: Trainer, *args: str) -> None:
-        """Replace the Trainer's bar, unless --disable_tqdm has removed it."""
-        if any(type(c) is ProgressCallback for c in trainer.callback_handler.callbacks):
-            trainer.remove_callback(ProgressCallback)
-            trainer.add_callback(cls(*args))
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self._name)
+        self._name, self._metric, self._shown = name.split(" (")[0], metric, dict[str, str]()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            known = logs.keys() & self._formats.keys()
-            self._shown.update((key, self._formats[key].format(logs[key])) for key in known)
-            self.training_bar.set_postfix_str(", ".join(self._shown.values()))
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if eval_dataloader is not None and len(eval_dataloader) >= 20:  # a short bar would flicker
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+            names = [name for name in ("loss", self._metric) if name in logs]
+            self._shown |= {name: f"{logs[name]:.3f}" for name in names}
+            self.training_bar.set_description(self._name)
+            self.training_bar.set_postfix(self._shown)
 
 
 class ComputeMeter(TrainerCallback, ExportableState):
     """Counts the examples that pass forward and backward, for any method.
 
     It watches the model's forward calls. `computed` counts all of them and `drawn` those that come
-    from the data: equal in plain training; SAM on every update computes twice what it draws. A pass
-    counts the same whether or not its backward computes the gradients of all weights.
+    from the data: equal in plain training; SAM on every update computes twice what it draws.
     """
 
     def __init__(self) -> None:
@@ -100,13 +74,12 @@ class ComputeMeter(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": counts}
 
     def _count(self, model, inputs, named_inputs):
-        if not (model.training and torch.is_grad_enabled()):
-            return
-        examples = len(next(iter((*inputs, *named_inputs.values())))) * self._processes
-        self.computed += examples
-        if examples > self._micro_batch:  # the first pass may have had a part of them only
-            self.drawn += examples - self._micro_batch
-            self._micro_batch = examples
+        if model.training and torch.is_grad_enabled():
+            examples = len(next(iter((*inputs, *named_inputs.values())))) * self._processes
+            self.computed += examples
+            # The first pass of a micro-batch may have had a part of its examples only.
+            self.drawn += max(0, examples - self._micro_batch)
+            self._micro_batch = max(examples, self._micro_batch)
 
     def on_substep_end(self, args, state, control, **kwargs):
         self._micro_batch = 0
@@ -131,33 +104,28 @@ def train(
 ) -> Run:
     """Train, evaluate the final model, and save the metrics of both in the output folder.
 
-    Args:
-        metrics: the names, without `eval_`, of what is reported; the first is that of the curve.
-        save: save the model before the evaluation.
-        test_dataset: what the final model is evaluated on, if not the trainer's `eval_dataset`.
+    Of `metrics`, names without `eval_`, the first is that of the curve. The final model is saved
+    before its evaluation, on `test_dataset` if not on the trainer's `eval_dataset`.
     """
-    is_validation = test_dataset is not None
-    QuietProgressBar.show(trainer, name, metrics[0], "validation" if is_validation else "test")
+    key = f"eval_{metrics[0]}"
+    if trainer.pop_callback(ProgressCallback) is not None:  # there is none with --disable_tqdm
+        trainer.add_callback(QuietProgressBar(name, key))
     meter = ComputeMeter()
     trainer.add_callback(meter)
     training = trainer.train(resume_from_checkpoint=resume_from).metrics
     if save:
         trainer.save_model(_internal_call=True)  # otherwise it would push, without a card
     evaluation = trainer.evaluate(test_dataset)
-    if not math.isfinite(evaluation.get("eval_loss", 0.0)):
-        warnings.warn(
-            f"{name}: the final loss is {evaluation['eval_loss']}, so its other scores mean "
-            "nothing: lower --learning_rate or --sam_rho",
-            stacklevel=2,
-        )
+    if not math.isfinite(loss := evaluation.get("eval_loss", 0.0)):
+        warnings.warn(f"{name}: the final loss is {loss}: lower --learning_rate", stacklevel=2)
     trainer.save_metrics("train", training)
     trainer.save_metrics("eval", evaluation)
     trainer.save_state()
-    key, epochs = f"eval_{metrics[0]}", trainer.state.epoch
+    epochs = trainer.state.epoch
     examples = meter.drawn / epochs  # by the Trainer's count: a collator may merge examples
     logged = [entry for entry in trainer.state.log_history if key in entry]
-    is_validation = is_validation and len(logged) > 1
     # The last entry is that of the test; without validation data, the last evaluation anew.
+    is_validation = test_dataset is not None and len(logged) > 1
     curve = {meter.at[str(e["step"])]: e[key] for e in (logged[:-1] if is_validation else logged)}
     return Run(
         name=name,
@@ -172,43 +140,36 @@ def train(
 
 def format_runs(runs: Sequence[Run]) -> str:
     """A table, one line per run."""
-    width = max(len(run.name) for run in runs)
-    titles = [f"test {in_words(metric)}" for metric in runs[0].scores]
-    lines = ["  ".join([f"  {'':<{width}}  epochs  passes  seconds", *titles])]
-    for run in runs:
-        values = zip(titles, run.scores.values(), strict=True)
-        lines.append(
-            f"  {run.name:<{width}}  {round(run.epochs, 2):>6g}  {round(run.passes, 2):>6g}"
-            f"  {run.seconds:>7.0f}  " + "  ".join(f"{v:>{len(title)}.4f}" for title, v in values)
-        )
-    return "\n".join(lines)
+    import pandas as pd
+
+    rows = [
+        [f"{round(value, 2):g}" for value in (run.epochs, run.passes, round(run.seconds))]
+        + [f"{score:.4f}" for score in run.scores.values()]
+        for run in runs
+    ]
+    columns = ["epochs", "passes", "seconds", *(f"test {metric}" for metric in runs[0].scores)]
+    return pd.DataFrame(rows, [run.name for run in runs], columns).to_string()
 
 
 def plot_curves(runs: Sequence[Run], title: str, file: Path) -> None:
     """Save a picture of the score against compute, one curve per run."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    # Two colours of Okabe and Ito, distinguishable with colour blindness; the dashes help in print.
-    for run, (color, dashes) in zip(runs, (("#0072B2", "-"), ("#D55E00", "--")), strict=False):
+    figure = Figure((7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for run, style in zip(runs, ("o-", "s--"), strict=False):
         label = f"{run.name}: {run.score:.3f}"
-        axes.plot(*zip(*run.curve, strict=True), dashes, color=color, label=label)
-        if run.curve_data == "test":
-            axes.plot(run.passes, run.score, "o", color=color)
-    metric = in_words(runs[0].metric)
-    axes.set_title(title, fontsize="medium")
-    axes.set_ylabel(f"{runs[0].curve_data.capitalize()} {metric}")
+        axes.plot(*zip(*run.curve, strict=True), style, markersize=3, label=label)
+    data, metric = runs[0].curve_data, next(iter(runs[0].scores))
+    axes.set_title(f"{title}: {data} {metric} against compute", fontsize="medium")
     axes.set_xlabel("Compute (forward-backward passes over the training set)")
-    axes.set_xlim(left=0)
+    axes.set(ylabel=f"{data} {metric}", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(title=f"Final test {metric}")
     figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def save_json(content: Any, file: Path) -> None:
-    """Write indented JSON."""
+    """Write indented JSON, and make the folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

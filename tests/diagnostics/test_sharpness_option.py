@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
 from common.cli import InputError, OptionParser
-from common.experiment import _measure_sharpness
 from train_image_classification import TrainArguments, main
 
 DIGITS = "--config_overrides hidden_size=8,num_hidden_layers=1,num_attention_heads=2 --use_cpu "
@@ -67,20 +65,3 @@ def arguments(folder: Path, options: str) -> TrainArguments:
 def test_wrong_numbers_are_refused(tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         arguments(tmp_path, options)
-
-
-@pytest.mark.parametrize("layout", ["FSDP", "DeepSpeed"])
-def test_layouts_without_whole_weights_are_refused_before_the_training(tmp_path, layout):
-    trainer = SimpleNamespace(is_fsdp_enabled=layout == "FSDP", is_deepspeed_enabled=True)
-    with pytest.raises(
-        InputError, match="--sharpness_every is not supported with FSDP and DeepSpeed"
-    ):
-        _measure_sharpness(trainer, arguments(tmp_path, "--sharpness_every 2"))
-
-
-def test_without_examples_to_measure_on_it_is_refused(tmp_path):
-    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False)
-    trainer.eval_dataset = None
-    trainer.add_callback = None
-    with pytest.raises(InputError, match=r"--sharpness_every: .* has no dataset"):
-        _measure_sharpness(trainer, arguments(tmp_path, "--sharpness_every 2"))

@@ -36,7 +36,7 @@ class NeedsClosure(torch.optim.SGD):
     [
         (lambda m: SAM(m.parameters(), sgd(m)), TypeError, "takes the model, got parameters"),
         (lambda m: SAM(list(m.parameters()), sgd(m)), TypeError, "takes the model, got parameters"),
-        (lambda m: SAM(m, torch.optim.SGD), TypeError, "an optimizer that was made"),
+        (lambda m: SAM(m, torch.optim.SGD), TypeError, "an optimizer instance, got the class SGD"),
         (lambda m: SAM(m, sgd(m), 0.05), TypeError, "config=0.05 is not allowed"),
         (lambda m: SAM(m, sgd(Classifier())), ValueError, "steps no parameter of the model"),
         (lambda m: SAM(m, NeedsClosure(m.parameters())), ValueError, "evaluates the loss itself"),
@@ -145,12 +145,52 @@ def test_two_updates_without_a_step_are_refused_where_that_loses_gradient():
     sam.backward(lambda: model(**BATCH)["loss"])
 
 
-def test_with_an_accelerator_end_of_update_is_refused():
-    accelerator, model = new_accelerator(), Classifier()
+def test_end_of_update_is_refused_where_accelerate_tells_it():
+    accelerator, model = new_accelerator(steps=2), Classifier()
     model, optimizer = accelerator.prepare(model, sgd(model))
     sam = SAM(model, optimizer, accelerator=accelerator)
-    with pytest.raises(ValueError, match="end_of_update=False has no effect"):
+    with pytest.raises(ValueError, match="no effect with gradient_accumulation_steps=2"):
         sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+
+
+def test_what_belongs_to_accelerate_is_not_mixed_with_a_loop_without_it():
+    accelerator, model = new_accelerator(), Classifier()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    with pytest.raises(ValueError, match="Pass accelerator= to SAM too"):
+        SAM(model, optimizer)
+    with pytest.raises(ValueError, match="scaler= is for loops without Accelerate"):
+        SAM(model, optimizer, accelerator=accelerator, scaler=torch.amp.GradScaler("cpu"))
+
+
+def test_an_end_of_an_update_that_is_not_reduced_is_refused():
+    model, _, sam = new()
+    model.require_backward_grad_sync = False  # as within no_sync() of DDP
+    with pytest.raises(ValueError, match="Pass end_of_update=False"):
+        sam.backward(lambda: model(**BATCH)["loss"])
+    sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+
+
+def test_a_state_that_is_none_and_a_model_as_the_closure_are_told():
+    model, _, sam = new()
+    with pytest.raises(ValueError, match=r"has the keys \[\]. Allowed"):
+        sam.load_state_dict({})
+    with pytest.raises(TypeError, match="got a Classifier"):
+        sam.backward(model)
+
+
+def test_after_gradients_were_lost_the_next_update_is_a_new_one():
+    model, optimizer, sam = new(sam_rho=1e-9)
+    sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
+    optimizer.zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match="Gradients were changed"):
+        sam.backward(lambda: model(**BATCH)["loss"])
+    optimizer.zero_grad(set_to_none=False)
+    sam.backward(lambda: model(**BATCH)["loss"])
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(**BATCH)["loss"].backward()
+    expected = [p.grad for p in model.parameters()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_gradients_that_are_changed_between_micro_batches_are_told():

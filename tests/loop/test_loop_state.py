@@ -429,6 +429,21 @@ def test_the_attributes_that_a_loop_rebinds_are_those_of_each_micro_batch():
     assert holder.batch is OTHER and holder.calls == 2
 
 
+def test_a_list_of_any_length_grows_by_one_in_an_update():
+    model, losses = nn.Linear(1, 1), [0.0] * 4090
+    sam, x = new_sam(model), torch.ones(1, 1)
+    for number in range(1, 13):
+
+        def closure():
+            loss = model(x).square().sum()
+            losses.append(loss.item())
+            return loss
+
+        sam.backward(closure)
+        model.zero_grad()
+        assert len(losses) == 4090 + number
+
+
 def test_a_module_of_one_update_is_not_kept():
     model = new_model()
     sam = new_sam(model)

@@ -161,3 +161,30 @@ def test_the_ascent_may_leave_out_micro_batches_of_an_update():
         twin.update(shares, ascent=shares[:1])
         twin.assert_equals(loop.weights())
     assert loop.sam.metrics()["sam_passes_per_update"] == 1.5
+
+
+def test_an_accelerator_that_does_not_accumulate_leaves_it_to_the_loop():
+    model, rows = Classifier(), examples(36).rows
+    updates = windows(rows, 3, 3, UPDATES)
+    expected = by_the_twin(model, means(model, updates))
+    loop = Loop("accelerate", model)
+    for window in updates:
+        for number, rows in enumerate(window, 1):
+            batch, is_end = default_collate(rows), number == len(window)
+            loop.sam.backward(lambda: loop.model(**batch)["loss"] / 3, end_of_update=is_end)  # noqa: B023
+            if is_end:
+                loop.optimizer.step()
+                loop.optimizer.zero_grad()
+    torch.testing.assert_close(loop.weights(), expected, rtol=0, atol=1e-10)
+
+
+def test_layers_that_are_added_during_a_run_are_perturbed_too():
+    torch.manual_seed(0)
+    model, [rows] = Classifier(), [examples(8).rows]
+    loop = Loop("plain", model)
+    loop.update([rows])
+    model.second = torch.nn.Sequential(model.second, torch.nn.Linear(3, 3, dtype=torch.float64))
+    loop.optimizer.add_param_group({"params": model.second[1].parameters()})
+    expected = by_the_twin(model, means(model, [[rows]]))
+    loop.update([rows])
+    torch.testing.assert_close(loop.weights(), expected, rtol=0, atol=1e-10)

@@ -199,13 +199,12 @@ def bad_sources(tmp_path: Path) -> dict[str, tuple[dict, str]]:
     (tmp_path / "text.parquet").write_text("no parquet")
     (tmp_path / "void").mkdir()
     return {
-        "no such file": ({"train_file": ["x.parquet"]}, "--train_file 'x.parquet': there is no"),
+        "no such file": ({"train_file": ["x.parquet"]}, "cannot be loaded: Unable to find"),
         "no such evaluation file": (
             {"train_file": [good], "validation_file": ["x.parquet"]},
-            "--validation_file 'x.parquet': there is no such file",
+            "--validation_file ['x.parquet'] cannot be loaded",
         ),
         "no parquet": ({"train_file": [str(tmp_path / "text.parquet")]}, "cannot be loaded"),
-        "no such folder": ({"dataset_name": "./x"}, "--dataset_name: there is no folder './x'"),
         "an empty folder": ({"dataset_name": str(tmp_path / "void")}, "cannot be loaded"),
         "some unlabeled": ({"train_file": [half]}, "1 of 3 examples have no label"),
         "all unlabeled": (
@@ -244,9 +243,13 @@ def test_a_source_that_cannot_be_used_is_refused_in_one_line(tmp_path):
         ({"max_train_samples": 0}, "--max_train_samples must be 1 or more"),
         ({"image_column": "img"}, "--image_column has no effect on the built-in examples"),
         ({"label_column": "y"}, "--label_column has no effect on the built-in examples"),
+        ({"dataset_name": "./x"}, "--dataset_name: there is no folder './x'"),
         ({"train_split": "x"}, "--train_split has no effect without --dataset_name"),
         ({"validation_file": ["x"]}, "--validation_file has no effect without --train_file"),
-        ({"train_file": ["x"], "dataset_name": "y"}, "--dataset_name or --train_file, not both"),
+        (
+            {"train_file": ["x"], "dataset_name": "y"},
+            "--train_file has no effect with --dataset_name",
+        ),
         (
             {"train_file": ["x"], "validation_file": ["y"], "eval_fraction": 0.1},
             "--eval_fraction has no effect on evaluation data that is given",

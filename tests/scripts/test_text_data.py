@@ -111,7 +111,7 @@ def test_each_wording_appears_once_with_the_definition_at_the_top_of_its_module(
 
 def test_a_python_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match="this Python lacks the sources of its library"):
+    with pytest.raises(InputError, match="no docstrings in .*give --train_file"):
         load_data(DataArguments())
 
 
@@ -262,14 +262,14 @@ def test_data_options_that_are_wrong_or_without_effect_are_refused(arguments, me
 def test_files_that_are_missing_or_of_different_kinds_are_refused(tmp_path):
     csv = write(tmp_path / "a.csv", ROWS)
     for files, message in (
-        (["nowhere.csv"], "--train_file 'nowhere.csv': there is no such file"),
-        ([str(tmp_path)], r"--train_file '.*': there is no such file"),
-        ([*csv, *write(tmp_path / "a.jsonl", ROWS)], "must be of one kind, got csv and json"),
+        (["nowhere.csv"], "--train_file .* cannot be loaded: Unable to find .*nowhere.csv"),
+        ([str(tmp_path)], "the names must end in one of .csv, .json, .jsonl"),
+        ([*csv, *write(tmp_path / "a.jsonl", ROWS)], "the names must end in one of"),
     ):
         with pytest.raises(InputError, match=message):
             load_data(DataArguments(train_file=files))
     (tmp_path / "a.md").write_text("x")
-    with pytest.raises(InputError, match=r"the names must end in .csv or .json or .jsonl or"):
+    with pytest.raises(InputError, match="the names must end in one of"):
         load([str(tmp_path / "a.md")])
 
 

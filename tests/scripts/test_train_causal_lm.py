@@ -290,7 +290,9 @@ def test_bad_input_is_refused_before_the_training(tmp_path, options, message):
 
 
 @pytest.mark.parametrize("file", ["pydoc_lm", "pydoc_lm_lora"])
-def test_the_configs_are_valid(file):
+def test_the_configs_are_valid(file, tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "pydoc_lm").mkdir(parents=True)  # pydoc_lm_lora adapts this model
+    monkeypatch.chdir(tmp_path)
     parser = OptionParser((DataArguments, LanguageModelArguments, TrainArguments))
     data_args, model_args, training_args = parser.parse([str(ROOT / "configs" / f"{file}.yaml")])
     assert training_args.sam_rho > 0

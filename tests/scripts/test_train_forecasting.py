@@ -279,7 +279,7 @@ def test_the_comparison_has_the_same_compute_and_both_are_tested(tmp_path, capsy
     assert plain.epochs == 2 * sam.epochs
     assert (sam.curve_data, plain.curve_data) == ("validation", "validation")
     assert len(plain.curve) == 2 * len(sam.curve)
-    assert "test mse  test mae" in capsys.readouterr().out
+    assert "test mse test mae" in capsys.readouterr().out
 
 
 def test_early_stopping_ends_both_trainings_and_tests_the_best_weights(tmp_path):

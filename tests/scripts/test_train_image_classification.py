@@ -184,7 +184,7 @@ def test_an_image_folder_trains_and_a_pretrained_model_continues_from_its_weight
     assert again.score == result.score  # learning rate 0: the pretrained weights were used
 
     three = write_folder(tmp_path / "three", ("cat", "dog", "cow"))
-    with pytest.raises(InputError, match=r"not one for 3 classes; --ignore_mismatched_sizes"):
+    with pytest.raises(InputError, match="You set `ignore_mismatched_sizes` to `False`"):
         run(tmp_path / "x", f"{options} --dataset_name {three}")
     run(tmp_path / "x", f"{options} --dataset_name {three} --ignore_mismatched_sizes")
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "x").config.num_labels == 3
@@ -227,7 +227,7 @@ def test_weights_are_loaded_in_fp32_whatever_the_checkpoint_is_stored_in(tmp_pat
         ("--model_name_or_path x --model_type vit", "--model_type has no effect with --model_name"),
         (
             "--max_train_samples 64 --dataloader_drop_last true --per_device_train_batch_size 99",
-            "--dataloader_drop_last leaves no batch of 64 examples: choose",
+            "--dataloader_drop_last: no batch in 64 examples",
         ),
         ("--sam_rho 0 --compare_with_plain", "--compare_with_plain has no effect with --sam_rho 0"),
         ("--torch_num_threads 0", "--torch_num_threads must be 1 or more, got 0"),

@@ -141,7 +141,7 @@ def test_a_glue_task_on_local_files_has_its_own_metrics(tmp_path, capsys):
         tmp_path / "out", f"{TINY} {write(tmp_path, rows)} --task_name mrpc --max_steps 2"
     )
     assert list(result.scores) == ["f1", "accuracy"]
-    assert "test f1  test accuracy" in capsys.readouterr().out
+    assert "test f1 test accuracy" in capsys.readouterr().out
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     pairs = datasets.Dataset.from_dict({"text": ["it"], "text_pair": ["wet"], "labels": [1]})
     encoded = encode(pairs, tokenizer, max_length=16)
@@ -154,7 +154,7 @@ def test_a_regression_learns_the_order_of_its_numbers(tmp_path):
     rows = [{"text": ["bad", "good", "great"][i % 3], "label": i % 3 - 0.5} for i in range(12)]
     options = f"{SMALL} --max_steps 60 --learning_rate 1e-2 --sam_rho 0.01"
     (result,) = run(tmp_path / "out", f"{options} {write(tmp_path, rows)}")
-    assert result.metric == "pearson"
+    assert next(iter(result.scores)) == "pearson"
     assert result.score > 0.9
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert (model.config.problem_type, model.config.num_labels) == ("regression", 1)
@@ -172,7 +172,7 @@ def test_a_pretrained_model_continues_from_its_weights_in_fp32(tmp_path, animals
     with pytest.raises(InputError, match="--max_length 32 is more than the model's 16 tokens"):
         run(tmp_path / "c", f"{options} {animals} --max_length 32")
     three = write(tmp_path, [{"text": "x", "label": label} for label in "abc"])
-    with pytest.raises(InputError, match=r"not one for 3 classes; --ignore_mismatched_sizes"):
+    with pytest.raises(InputError, match="You set `ignore_mismatched_sizes` to `False`"):
         run(tmp_path / "d", f"{options} {three}")
 
 
