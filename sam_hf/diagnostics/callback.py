@@ -32,6 +32,8 @@ _PREFIX = "sharpness/"
 _BEST_PREFIX = "sharpness/best_"
 _PLOT_NAME = "sharpness"
 
+_FEWEST_EXAMPLES, _FEW_EXAMPLES, _MOST_EXAMPLES = 8, 32, 256
+
 _PLOTTED = {
     "loss": "loss",
     "worst_sharpness": "worst-case sharpness, SAM's ball",
@@ -63,7 +65,9 @@ class SharpnessCallback(TrainerCallback):
     Args:
         trainer: the trainer whose loss and data are used.
         every: number of updates between measurements; 0: only at the end of training.
-        examples: number of examples on each process, in whole batches; at most the dataset.
+        examples: number of examples on each process, in whole batches; at most the dataset. None:
+            256, or fewer (8 at least) of which all measurements fit into `max_share`, the last one
+            included; where that would be below 32, of which the last one alone does.
         dataset: dataset to draw the examples from, instead of the trainer's `eval_dataset`.
         plan, params: as in `measure` and `Objective`.
         max_share: maximum work of the measurements, as a share of the training's work so far: one
@@ -86,13 +90,14 @@ class SharpnessCallback(TrainerCallback):
         every: int = 0,
         *,
         plan: Plan | None = None,
-        examples: int = 256,
+        examples: int | None = None,
         dataset: Any = None,
         params: str = "all",
         max_share: float | None = 0.1,
     ) -> None:
         check_count("every", every, 0)
-        check_count("examples", examples, 1)
+        if examples is not None:
+            check_count("examples", examples, 1)
         if max_share is not None and not 0 < max_share <= 1:
             allowed = "None or a number > 0 and <= 1"
             raise ValueError(f"max_share={max_share!r} is not allowed. Allowed: {allowed}.")
@@ -103,7 +108,8 @@ class SharpnessCallback(TrainerCallback):
             found = f"one dataset, got several ({', '.join(map(str, dataset))})"
             raise ValueError(f"SharpnessCallback measures on {found}: pass dataset=")
         self.history: dict[str, list[tuple[int, float]]] = {}
-        self._trainer, self._every, self._examples = trainer, every, examples
+        self._trainer, self._every = trainer, every
+        self._is_chosen, self._examples = examples is not None, examples or _MOST_EXAMPLES
         self._plan, self._dataset, self._params = plan or Plan(), dataset, params
         self._max_share = max_share
         self._passes = 0.0  # of a measurement, over its examples
@@ -115,10 +121,15 @@ class SharpnessCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Validate layout and plan, state the cost, and read the history of a resumed run."""
         self._batches, self._last_step = None, None
+        self._examples = self._examples if self._is_chosen else _MOST_EXAMPLES
         objective = self._objective(kwargs["model"])
+        self._passes = self._plan.passes(objective.parameter_count)
+        if not self._is_chosen and self._max_share is not None:
+            self._examples = self._affordable_examples(state.max_steps)
+            self._batches = None
+            objective = self._objective(kwargs["model"])
         if self._plan.m is not None:
             split_into_groups(objective, self._plan.m)
-        self._passes = self._plan.passes(objective.parameter_count)
         self._updates = self._affordable_updates(objective.example_count, state.max_steps)
         seconds = self._expected_seconds(objective, state)
         if state.is_world_process_zero:
@@ -168,14 +179,27 @@ class SharpnessCallback(TrainerCallback):
             parts.append(f"![Sharpness during training]({_PLOT_NAME}.png)")
         return "\n\n".join(parts)
 
+    def _work_of_an_update(self, max_steps: int) -> float:
+        """Of the training: passes times examples."""
+        config = getattr(self._trainer, "sam_config", None)
+        passes = expected_passes(config, max_steps) if isinstance(config, SAMConfig) else 1.0
+        return float(passes * self._trainer.get_total_train_batch_size(self._trainer.args))
+
+    def _affordable_examples(self, max_steps: int) -> int:
+        """On each process, so that the measurements fit into `max_share`."""
+        assert self._max_share is not None
+        work = self._max_share * self._work_of_an_update(max_steps) * max_steps
+        alone = work / self._passes / self._trainer.args.world_size
+        times = 1 + (max(max_steps - 1, 0) // self._every if self._every else 0)
+        examples = alone / times if alone / times >= _FEW_EXAMPLES else min(alone, _FEW_EXAMPLES)
+        return int(min(max(examples, _FEWEST_EXAMPLES), _MOST_EXAMPLES))
+
     def _affordable_updates(self, examples: int, max_steps: int) -> Collection[int]:
         """Multiples of `every` at which a measurement keeps their work within `max_share`."""
         multiples = range(self._every, max_steps + 1, self._every) if self._every else range(0)
         if self._max_share is None:
             return multiples
-        config = getattr(self._trainer, "sam_config", None)
-        passes = expected_passes(config, max_steps) if isinstance(config, SAMConfig) else 1.0
-        training = passes * self._trainer.get_total_train_batch_size(self._trainer.args)
+        training = self._work_of_an_update(max_steps)
         updates: set[int] = set()
         for update in multiples:
             work = (len(updates) + 1) * self._passes * examples
@@ -273,6 +297,8 @@ class SharpnessCallback(TrainerCallback):
         if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
             generator = torch.Generator().manual_seed(self._plan.seed)
             order = torch.randperm(len(dataset), generator=generator).tolist()
+            if not self._is_chosen:  # no more than these in a batch
+                order = order[: self._examples * trainer.args.world_size]
             is_table = hasattr(dataset, "select")  # of the `datasets` library
             dataset = dataset.select(order) if is_table else Subset(dataset, order)
         # With persistent workers, the Trainer caches its evaluation loader whatever the dataset:

@@ -224,8 +224,8 @@ def _validate_optimizer(optimizer: Any, optim: Any = "") -> None:
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
             f"The optimizer {name} evaluates the loss itself, in a closure that it gets in step(), "
-            "which SAM does not support. Choose one that steps with a given gradient, such as AdamW "
-            "or SGD."
+            "which SAM does not support. Choose one that steps with a given gradient, such as "
+            "AdamW or SGD."
         )
 
 

@@ -180,7 +180,7 @@ class SharpnessArguments(ScriptArguments):
         "Measure the sharpness of the evaluation loss every so many updates (0: at the end only), "
         "log and draw it. At most a tenth of the training's passes is spent on it."
     )
-    sharpness_examples: int | None = option("Examples to measure it on. 256 if not given.")
+    sharpness_examples: int | None = option("Examples to measure it on, else as many as fit.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,7 +58,7 @@ def build_trainer(trainer_class: type[Trainer], args: Any, **options: Any) -> An
         if (every := getattr(args, "sharpness_every", None)) is not None:
             if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
                 raise ValueError("--sharpness_every is not supported with FSDP and DeepSpeed")
-            examples = args.sharpness_examples or 256
+            examples = args.sharpness_examples
             trainer.add_callback(SharpnessCallback(trainer, every, examples=examples))
     except (ImportError, ValueError, RuntimeError) as error:
         raise InputError(error) from error

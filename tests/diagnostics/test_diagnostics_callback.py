@@ -450,3 +450,32 @@ def test_a_resumed_run_skips_the_same_measurements(tmp_path):
     resumed = trainer_of(1, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert measured_at(resumed) == [2, 3, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("every", "updates", "batch", "used"),
+    [
+        (0, 1000, 16, 80),  # 0.1 * 2 * 16 * 1000 / 40
+        (0, 10_000, 16, 256),  # no more than usual
+        (250, 1000, 64, 80),  # a quarter of 320, of which the first cannot be afforded yet
+        (100, 1000, 16, 32),  # not all of them, on 8 each
+        (0, 200, 16, 16),
+        (0, 10, 16, 8),
+    ],
+)
+def test_without_a_number_as_many_examples_are_used_as_fit(
+    every, updates, batch, used, monkeypatch
+):
+    monkeypatch.setattr(Plan, "passes", lambda *_: 40.0)
+    trainer = trainer_of(per_device_train_batch_size=batch, max_steps=updates)
+    callback = SharpnessCallback(trainer, every)
+    callback._passes = 40.0
+    assert callback._affordable_examples(updates) == used
+
+
+def test_as_many_examples_as_fit_are_measured_on_and_no_whole_batches_more(capsys):
+    trainer = trainer_of(max_steps=1, per_device_eval_batch_size=64)
+    trainer.add_callback(callback := SharpnessCallback(trainer, plan=QUICK))
+    trainer.train()
+    assert callback._example_count == 8
+    assert "over 8 examples" in capsys.readouterr().err

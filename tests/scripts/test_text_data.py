@@ -111,7 +111,7 @@ def test_each_wording_appears_once_with_the_definition_at_the_top_of_its_module(
 
 def test_a_python_without_sources_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match="no docstrings in .*give --train_file"):
+    with pytest.raises(InputError, match=r"no docstrings in .*give --train_file"):
         load_data(DataArguments())
 
 
