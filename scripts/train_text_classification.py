@@ -157,7 +157,7 @@ def build_model(
     texts = (text for row in train.remove_columns("labels") for text in row.values())
     tokenizer = train_tokenizer(texts, max_length)
     options |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    options |= {"max_position_embeddings": max_length, "intermediate_size": 128}
+    options |= {"max_position_embeddings": max_length, "intermediate_size": 128}  # RoBERTa: + 2
     options |= {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = transformers.BertConfig(**options)
     return new_model(transformers.BertForSequenceClassification, config, args), tokenizer

@@ -44,18 +44,14 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = option(
-        "Data set on the Hub, or a folder that `datasets` can load. Without it and --train_file: "
-        "the built-in examples."
-    )
+    dataset_name: str | None = option("On the Hub or in a folder; else the built-in examples.")
     dataset_config_name: str | None = option("Configuration of the data set.")
     train_split: str | None = option("Training split of the data set. 'train' if not given.")
     eval_split: str | None = option("Evaluation split of the data set. 'test' if not given.")
     train_file: list[str] | None = option("Files with the training examples.")  # noqa: RUF009
     validation_file: list[str] | None = option("Files with the evaluation examples.")  # noqa: RUF009
     eval_fraction: float | None = option(
-        "Hold out this share of the training examples for evaluation, the same for every --seed. "
-        "0.2 where there are no evaluation examples."
+        "Share of the training examples to evaluate on, the same for every --seed. 0.2 if needed."
     )
     max_train_samples: int | None = option("Train on a random subset, the same for every --seed.")
     max_eval_samples: int | None = option("Evaluate on a random subset, the same for every --seed.")
@@ -143,9 +139,7 @@ class ScriptArguments:
 
     resume_from_checkpoint: str | None = option("Folder, or True: the newest in --output_dir.")
     compare_with_plain: bool = option(
-        "Afterwards train the same model from the same initial weights without SAM, for the same "
-        "number of forward-backward passes (equal compute), and report both.",
-        default=False,
+        "Then train the same initial model without SAM, for the same number of passes.", False
     )
     torch_num_threads: int | None = option("CPU threads of torch. 1 is best for a tiny model.")
 
@@ -177,8 +171,7 @@ class SharpnessArguments(ScriptArguments):
     """The options of scripts whose loss is a function of the weights on fixed examples."""
 
     sharpness_every: int | None = option(
-        "Measure the sharpness of the evaluation loss every so many updates (0: at the end only), "
-        "log and draw it. At most a tenth of the training's passes is spent on it."
+        "Measure it every so many updates; 0: at the end. A tenth of the training's passes at most."
     )
     sharpness_examples: int | None = option("Examples to measure it on, else as many as fit.")
 

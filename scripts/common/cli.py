@@ -23,6 +23,7 @@ elif "".join(sys.argv[1:2]).endswith(".yaml") and not Path(sys.argv[1]).is_file(
     print(f"{Path(sys.argv[0]).name}: error: no YAML file {sys.argv[1]!r}", file=sys.stderr)
     sys.exit(2)
 
+getLogger("bitsandbytes").setLevel(CRITICAL)  # says what it lacks whenever it is imported
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +85,10 @@ def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """
     if (Path(checkpoint) / "adapter_config.json").is_file():
         return  # the Trainer loads adapters as they are
+    # The Trainer still lists the names that it does not know.
+    logging.getLogger("transformers.trainer").addFilter(
+        lambda record: "keys in the checkpoint model loaded" not in record.getMessage()
+    )
     try:
         model.load_state_dict(
             type(model).from_pretrained(checkpoint, dtype=model.dtype).state_dict()
