@@ -101,7 +101,8 @@ class SAM:
         steps = self._accelerator.gradient_accumulation_steps
         self._subset = AscentSubset(config.sam_ascent_fraction, 1, steps, False, True, _SEED)
         unwrapped_optimizer = getattr(optimizer, "optimizer", optimizer)
-        if hasattr(unwrapped_optimizer, "register_step_pre_hook"):
+        # DeepSpeed steps within the update.
+        if not self._shares_loss and hasattr(unwrapped_optimizer, "register_step_pre_hook"):
             unwrapped_optimizer.register_step_pre_hook(self._refuse_early_step)
 
     @property

@@ -192,7 +192,7 @@ class _Search:
             self._visit((value.args, value.keywords), path)
         elif isinstance(value, MethodType):
             self._visit(value.__func__, path)
-            self._visit(value.__self__, f"{path}.self")
+            self._visit(value.__self__, f"{path}.self", is_variable=True)
         elif isinstance(value, nn.Module):
             self.values.append(value)
         elif isinstance(value, (Mapping, list, tuple)):
@@ -208,7 +208,8 @@ class _Search:
             )
         else:
             self.values.append(value)
-            if type(value).__module__ == self._module and hasattr(value, "__dict__"):
+            is_own = type(value).__module__ == self._module and hasattr(value, "__dict__")
+            if is_variable and is_own:  # not those that it holds in turn
                 self.namespaces.append((vars(value), dict(vars(value))))
                 for name, item in list(vars(value).items()):
                     self._visit(item, f"{path}.{name}")

@@ -310,7 +310,8 @@ class Loop:
         self.restore(params, old)
 
     def _sam(self, batch: dict[str, Tensor]) -> None:
-        self.sam.backward(lambda: self.model(**batch)["loss"])
+        model = self.model
+        self.sam.backward(lambda: model(**batch)["loss"])
 
 
 class LaunchCounter(TorchDispatchMode):
