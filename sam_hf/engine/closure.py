@@ -185,7 +185,9 @@ class _Search:
         if id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if isinstance(value, FunctionType):
+        if isinstance(value, nn.Module):
+            self.values.append(value)
+        elif isinstance(value, FunctionType):
             self._visit_function(value)
         elif isinstance(value, functools.partial):
             self._visit(value.func, path)
@@ -193,9 +195,7 @@ class _Search:
         elif isinstance(value, MethodType):
             self._visit(value.__func__, path)
             self._visit(value.__self__, f"{path}.self", is_variable=True)
-        elif isinstance(value, nn.Module):
-            self.values.append(value)
-        elif isinstance(value, (Mapping, list, tuple)):
+        elif type(value) is dict or isinstance(value, (list, tuple, Mapping)):
             self.values.append(value)
             if len(value) <= _SHORT:
                 items = value.items() if isinstance(value, Mapping) else enumerate(value)

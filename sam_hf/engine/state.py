@@ -106,7 +106,8 @@ class StateTracker:
         modules: modules whose buffers, frozen weights and attributes are tracked.
         skip: names of attributes of the owners that are not state.
         ignored: modules, and trained parameters, that are not tracked even if an owner holds them.
-        variables: an owner whose tensors are not tracked, but those of modules that it holds are.
+        variables: an owner with one attribute, `values`, that is replaced as a whole. Its tensors
+            are not tracked, but those of modules among them are.
     """
 
     def __init__(
@@ -119,10 +120,13 @@ class StateTracker:
     ) -> None:
         self.skip = frozenset(skip)
         self._roots = [_Attributes(vars(owner), self.skip) for owner in owners]
-        self._without_tensors: set[int] = set()  # ids of containers
+        self._variables = variables
+        self._latest_values: Any = None
         if variables is not None:
             self._roots.append(_Attributes(vars(variables), frozenset()))
-            self._without_tensors.add(id(self._roots[-1]))
+        # Ids of containers.
+        self._of_roots = {id(self._roots[-1])} if variables is not None else set[int]()
+        self._without_tensors = set(self._of_roots)
         self._modules, self._ignored = list(modules), list(ignored)
         self._rewritten: set[int] = set()  # ids of long containers
         self._is_first = True
@@ -146,6 +150,13 @@ class StateTracker:
         self._arrays: list[Any] = []
         self._large_arrays: list[Any] = []
         self._generators: list[Any] = []
+        self._found = (
+            self._copied,
+            self._watched,
+            self._containers,
+            self._arrays,
+            self._generators,
+        )
         for module in self._modules:
             self._add_module(module)
         for root in self._roots:
@@ -277,6 +288,11 @@ class StateTracker:
         if self._is_searching:  # an interrupt has hit that one, or this is the first one
             self._walk()
         self._is_searching = True
+        stale = set[int]()
+        if self._variables is not None and self._variables.values is not self._latest_values:
+            # A loop may hold all of its batches: those of earlier closures are not state.
+            self._latest_values = self._variables.values
+            stale = self._without_tensors - self._of_roots - set(map(id, self._latest_values))
         known = len(self._ids)
         for i, container in enumerate(self._containers):  # which grows on the way
             ids = self._ids_in(container)
@@ -288,7 +304,7 @@ class StateTracker:
                 if new := _new_values(content, self._ids[i]):
                     self._visit_all(new, container)
                 self._contents[i], self._ids[i] = content, ids
-        self._drop_replaced()
+        self._drop(stale)
         self._is_searching = False
 
     def _ids_in(self, container: Any) -> Any:
@@ -312,14 +328,14 @@ class StateTracker:
         except RuntimeError:  # another thread writes to it: left to that thread
             return None
 
-    def _drop_replaced(self) -> None:
-        """Forget what nobody else refers to any more."""
-        for items in (self._copied, self._watched, self._containers, self._arrays):
+    def _drop(self, ids: set[int]) -> None:
+        """Forget these, and what nobody else refers to any more."""
+        for items in self._found:
             if items:
-                self._forget({id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE})
+                ids |= {id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE}
         modules = self._of_modules
         gone = {i for i, x in modules.items() if sys.getrefcount(x.namespace) <= _NO_OWNER}
-        self._forget({id(modules.pop(i)) for i in gone})
+        self._forget(ids | {id(modules.pop(i)) for i in gone})
         self._seen -= gone
 
     def _forget(self, ids: set[int]) -> None:
@@ -331,7 +347,7 @@ class StateTracker:
             [x for c, x in zip(self._containers, kept, strict=True) if id(c) not in ids]
             for kept in (self._contents, self._ids)
         )
-        for items in (self._copied, self._watched, self._containers, self._arrays):
+        for items in self._found:
             items[:] = [x for x in items if id(x) not in ids]
 
     def observe(self, before: StateSnapshot) -> bool:
@@ -352,7 +368,7 @@ class StateTracker:
             self._arrays += [a for a in self._large_arrays if id(a) in written]
         if written:
             self._copied += [t for t in self._watched if id(t) in written]
-            self._watched = [t for t in self._watched if id(t) not in written]
+            self._watched[:] = [t for t in self._watched if id(t) not in written]
         if before.is_first:
             before.keep({id(x) for x in (*self._copied, *self._arrays)})
             self._learn_containers(before)

@@ -444,6 +444,17 @@ def test_a_list_of_any_length_grows_by_one_in_an_update():
         assert len(losses) == 4090 + number
 
 
+def test_the_batches_that_a_loop_holds_are_not_tracked_for_ever():
+    model = new_model()
+    sam = new_sam(model)
+    batches = [dict(BATCH) for _ in range(200)]
+    for batch in batches:
+        sam.backward(lambda: model(**batch)["loss"])  # noqa: B023
+        model.zero_grad()
+    tracker = sam._engine._tracker
+    assert len(tracker._containers) < 20 and len(tracker._generators) == 0
+
+
 def test_a_module_of_one_update_is_not_kept():
     model = new_model()
     sam = new_sam(model)
