@@ -147,13 +147,12 @@ class SAM:
                 "of the accelerator, which tells the end by accelerator.accumulate(model). Leave "
                 "it out."
             )
-        if end_of_update and getattr(self._model, "require_backward_grad_sync", True) is False:
-            is_end = self._accelerator.sync_gradients
-            if is_end:
-                raise ValueError(
-                    "The last micro-batch of an update is run in no_sync(), which leaves out the "
-                    "reduction over the processes. Pass end_of_update=False for the others instead."
-                )
+        is_reduced = getattr(self._model, "require_backward_grad_sync", True)
+        if end_of_update and self._accelerator.sync_gradients and not is_reduced:
+            raise ValueError(
+                "The last micro-batch of an update is run in no_sync(), which leaves out the "
+                "reduction over the processes. Pass end_of_update=False for the others instead."
+            )
         accelerator = self._accelerator
         with nullcontext() if end_of_update else accumulating(accelerator, self._model):
             if self.config.sam_rho == 0:
@@ -221,7 +220,9 @@ class SAM:
             options = ", ".join(
                 f"{k}={getattr(self.config, k)!r} (was {config[k]!r})" for k in changed
             )
-            warnings.warn(f"Resuming with other options of SAM: {options}.", stacklevel=2)
+            warnings.warn(
+                f"Resuming with SAM options that differ from the state's: {options}.", stacklevel=2
+            )
         self._updates = self._read_at = state_dict["updates"]
         self._next_reading = self._updates + 1
         if self.config.sam_rho == 0:

@@ -110,11 +110,10 @@ def validate_loop(
     _validate_optimizer(optimizer)
     is_sharded = any(isinstance(p, DTensor) for p in model.parameters())
     is_deepspeed = hasattr(model, "zero_optimization")
-    wrapped = is_sharded or is_deepspeed or isinstance(model, DistributedDataParallel)
-    inner = getattr(model, "_orig_mod", model)
-    wrapped = wrapped or isinstance(inner, DistributedDataParallel)
+    is_replicated = isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
     if accelerator is not None:
-        if accelerator.num_processes > 1 and not wrapped:
+        is_prepared = is_sharded or is_deepspeed or is_replicated
+        if accelerator.num_processes > 1 and not is_prepared:
             raise ValueError(
                 f"SAM got a model that is not prepared, in {accelerator.num_processes} processes. "
                 "Pass the model and the optimizer that accelerator.prepare returned."
@@ -155,10 +154,6 @@ def validate_loop(
                 f"{name}={value!r} depends on the length of the run. Pass total_steps=, the number "
                 "of updates, to SAM."
             )
-    if total_steps is not None and total_steps < 1:
-        raise ValueError(
-            f"total_steps={total_steps!r} is not allowed. Allowed: 1 or more, or None."
-        )
 
 
 def _validate_common(

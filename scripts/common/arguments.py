@@ -171,7 +171,7 @@ class SharpnessArguments(ScriptArguments):
     """The options of scripts whose loss is a function of the weights on fixed examples."""
 
     sharpness_every: int | None = option(
-        "Measure it every so many updates; 0: at the end. A tenth of the training's passes at most."
+        "Measure it every so many updates; 0: at the end. Takes about a tenth of the passes."
     )
     sharpness_examples: int | None = option("Examples to measure it on, else as many as fit.")
 
