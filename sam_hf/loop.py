@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from .distributed.loop import (
 from .engine.closure import ClosureKeeper, loss_of
 from .engine.method_state import MethodStateCheckpoint
 from .engine.parameters import TrainedParameters, canonical_name
+from .engine.radius import RadiusCheck
 from .engine.recorder import RecordedCall
 from .engine.schedule import interval_of, learning_rate_share, rho_at
 from .engine.state import StateTracker
@@ -99,6 +101,7 @@ class SAM:
             config, self._layout, parameters, optimizer, tracker, False, _SEED, self._state
         )
         steps = self._accelerator.gradient_accumulation_steps
+        self._check, self._loss = RadiusCheck(config), torch.tensor(math.inf)
         self._subset = AscentSubset(config.sam_ascent_fraction, 1, steps, False, True, _SEED)
         unwrapped_optimizer = getattr(optimizer, "optimizer", optimizer)
         # DeepSpeed steps within the update.
@@ -108,7 +111,7 @@ class SAM:
     @property
     def is_in_descent_pass(self) -> bool:
         """Whether the closure runs at w + e: for closures that log or count."""
-        return self.config.sam_rho > 0 and self._engine.is_in_descent_pass
+        return self.config.sam_rho != 0 and self._engine.is_in_descent_pass
 
     def backward(self, closure: Callable[[], Any], end_of_update: bool = True) -> Tensor:
         """Compute the gradients of an update's micro-batch, in the place of ``loss.backward()``.
@@ -167,7 +170,8 @@ class SAM:
         if batch.is_end:
             self._updates += 1
             self._closures.is_first = False
-        return mean * self._steps if batch.loss is None else batch.loss
+        self._loss = mean * self._steps if batch.loss is None else batch.loss
+        return self._loss
 
     def metrics(self) -> dict[str, float]:
         """The metrics since the last call, as the Trainer logs them: `sam_sharpness`, ...
@@ -180,7 +184,10 @@ class SAM:
             return {}
         distance = max(self._updates - self._read_at, 1)
         self._read_at, self._next_reading = self._updates, self._updates + distance
-        return self._engine.metrics.pop(self._layout.sum_over_processes)
+        metrics = self._engine.metrics.pop(self._layout.sum_over_processes)
+        if self._layout.place[0] == 0:
+            self._check.add(metrics, float(self._loss), self._updates)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """Number of updates, options, and the state of the method on every process.
@@ -189,7 +196,7 @@ class SAM:
         it.
         """
         mine: State = {}
-        if self.config.sam_rho > 0:
+        if self.config.sam_rho != 0:
             state = self._engine.method_state.state
             mine = {s: {n: t.cpu() for n, t in ts.items()} for s, ts in state.items()}
         return {

@@ -46,6 +46,23 @@ def check_number(name: str, value: Any, whole: bool = False, **limits: float) ->
     refuse(name, value, " ".join([*words, "up"] if is_open and limits else words))
 
 
+def parse_rho(name: str, value: Any) -> float | None:
+    """The radius: None where it is automatic. A command line gives it as a string."""
+    allowed = "a finite number from 0 up, or 'auto' (None)"
+    if isinstance(value, str):
+        if value.strip().lower() in ("auto", "none"):
+            return None
+        try:
+            value = float(value)
+        except ValueError:
+            refuse(name, value, allowed)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (is_number and math.isfinite(value) and value >= 0):
+        refuse(name, value, allowed)
+    rho: float | None = value
+    return rho
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if value not in tuple(choices):
         refuse(name, value, "one of " + ", ".join(repr(choice) for choice in choices))
@@ -138,6 +155,8 @@ def check_exclusions(config: Any, method: Method) -> None:
     # DDP requires that every training pass has the auxiliary factors, hence no plain updates.
     auxiliary, no_plain = method.needs_auxiliary, f"with {name}, which has no plain updates"
     full_g = "with sam_trigger, whose plain updates step with the gradient of the ascent pass"
+    auto, with_auto = config.sam_rho is None, "with sam_rho=None, the automatic radius"
+    is_hidden = f"with {name}, whose updates have no gradient at w + e next to one at w"
     # The option, its values that are not excluded, what excludes the others, and the message.
     rules: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         ("sam_scope", ("batch",), combines, f"with {name}, which needs g of the whole update"),
@@ -152,9 +171,14 @@ def check_exclusions(config: Any, method: Method) -> None:
         ("sam_start_ratio", (0.0,), auxiliary, no_plain),
         ("sam_rho_warmup_ratio", (0.0,), auxiliary, no_plain),
         ("sam_rho_schedule", ("constant", "linear", "cosine"), auxiliary, f"with {name}"),
+        ("sam_rho", (), auto and one_pass, f"a number {is_hidden}"),
+        ("sam_rho_schedule", ("constant",), auto, with_auto),
+        ("sam_rho_warmup_ratio", (0.0,), auto, with_auto),
+        ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which compares equal examples"),
+        ("sam_replay_rng", (True,), auto, f"{with_auto}, which compares equal masks"),
         ("sam_interval", (1,), reuses, f"with {name}: set sam_method_args={{'k': ...}}, its own"),
     )
     for option, allowed, excluded, why in rules:
         value = getattr(config, option)
         if excluded and value not in allowed:
-            refuse(option, value, f"{' or '.join(map(repr, allowed))} {why}")
+            refuse(option, value, f"{' or '.join(map(repr, allowed))} {why}".strip())

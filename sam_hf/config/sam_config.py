@@ -1,6 +1,7 @@
 """The options of SAM: `SAMConfig`, for any arguments class, and `SAMTrainingArguments`."""
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Collection
@@ -15,7 +16,7 @@ from . import checks
 from .file import read_options, write_options
 
 _NUMBERS: dict[str, dict[str, float]] = {
-    "sam_rho": {"low": 0.0},
+    "sam_target_cosine": {"above": 0.0, "below": 1.0},
     "sam_eta": {"low": 0.0},
     "sam_interval": {"low": 1},
     "sam_start_ratio": {"low": 0.0, "high": 1.0},
@@ -46,8 +47,13 @@ class SAMConfig:
         TypeError: an unknown field. The message names the closest one.
     """
 
-    sam_rho: float = _option(
-        0.05, "Norm of the perturbation, in the method's norm. 0: bit-identical to plain training."
+    sam_rho: float | str | None = _option(
+        0.05,
+        "Norm of the perturbation, in the method's norm. 0: bit-identical to plain training. "
+        "'auto' (None in Python): found in the run, by sam_target_cosine.",
+    )
+    sam_target_cosine: float = _option(
+        0.85, "Automatic radius: cosine of the gradients at w and w + e that rho is to hold."
     )
     sam_method: str = _option("sam", f"How the perturbation is made: {', '.join(METHODS)}.")
     sam_method_args: dict[str, Any] | str | None = field(
@@ -123,9 +129,11 @@ class SAMConfig:
 
     def validate_sam(self) -> None:
         """Check the fields. Called again when training begins: a search may have changed them."""
+        self.sam_rho = checks.parse_rho("sam_rho", self.sam_rho)
         for name, limits in _NUMBERS.items():
             checks.check_number(name, getattr(self, name), whole=name == "sam_interval", **limits)
-        checks.check_number("sam_rho_min", self.sam_rho_min, low=0.0, high=self.sam_rho)
+        highest = math.inf if self.sam_rho is None else float(self.sam_rho)
+        checks.check_number("sam_rho_min", self.sam_rho_min, low=0.0, high=highest)
         for name, choices in _CHOICES.items():
             checks.check_choice(name, getattr(self, name), choices)
         for name in ("sam_replay_rng", "sam_freeze_norm_stats"):
@@ -203,6 +211,8 @@ class SAMConfig:
         if self.sam_trigger == "always":
             reason = f"sam_trigger={self.sam_trigger!r}"
             why |= dict.fromkeys(("sam_trigger_start", "sam_trigger_end"), reason)
+        if self.sam_rho is not None:
+            why["sam_target_cosine"] = f"sam_rho={self.sam_rho!r}, a fixed radius"
         schedule = f"sam_rho_schedule={self.sam_rho_schedule!r}"
         if self.sam_rho_schedule == "constant":
             why["sam_rho_min"] = schedule

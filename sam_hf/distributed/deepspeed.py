@@ -22,6 +22,7 @@ class DeepSpeedLayout(DDPLayout):
     """
 
     can_take_some_gradients = False  # no others are computed anyway
+    can_defer_reduction = False
 
     def __init__(self, weights: Sequence[nn.Parameter], *args: Any) -> None:
         super().__init__(weights, *args)
@@ -56,7 +57,7 @@ class DeepSpeedLayout(DDPLayout):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             dtype, enabled = engine.torch_autocast_dtype(), engine.torch_autocast_enabled()
-            with torch.autocast(self._device.type, dtype=dtype, enabled=enabled):
+            with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
                 return engine.module(*args, **kwargs)
 
         with patched(self._accelerator, backward=backward), patched(engine, forward=forward):

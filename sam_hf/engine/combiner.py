@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods.base import Floats, Method, Named, State, Tensors
+from ..methods.base import Floats, Method, Named, Radius, State, Tensors
 from .layout import Layout
 from .perturbation import HALF
 
@@ -26,7 +26,7 @@ class GradientCombiner:
     ) -> None:
         self._method, self._state, self._layout = method, state, layout
         self._trained = trained
-        self.rho = 0.0
+        self.rho: Radius = 0.0
         """rho of the current update; 0 where it is plain."""
         self.discard()
         self._hooks: list[Any] = []
@@ -52,6 +52,10 @@ class GradientCombiner:
         self.discard()
         for hook in self._hooks:
             hook.remove()
+
+    @property
+    def _is_on(self) -> bool:
+        return isinstance(self.rho, Tensor) or self.rho > 0
 
     def keep(self) -> None:
         """Keep g, which `.grad` holds."""
@@ -91,7 +95,7 @@ class GradientCombiner:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Any, *args: Any) -> None:
-        if self.rho > 0 and not _skips(optimizer):
+        if self._is_on and not _skips(optimizer):
             names, parameters = self._with_gradient(self._trained)
             weights, rates = self._stepped(optimizer, parameters)
             grads = self._layout.writable_gradients(parameters)
@@ -100,7 +104,7 @@ class GradientCombiner:
     @torch.no_grad()
     def _after_step(self, optimizer: Any, *args: Any) -> None:
         pending, self._pending = self._pending, {}
-        if self.rho > 0 and not _skips(optimizer):
+        if self._is_on and not _skips(optimizer):
             weights, rates = self._stepped(optimizer, list(self._trained.values()))
             self._method.after_step(list(self._trained), weights, pending, rates, self.rho)
 

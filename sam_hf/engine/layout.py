@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
 
 from ..methods.base import Dot, Tensors
+from ..methods.lists import CHUNK, chunks
 from .perturbation import HALF
 
 Weights = Sequence[Tensor]
 Context = AbstractContextManager[None]
 
 _CPU_CHUNK = 2**15
-_DEVICE_CHUNK = 2**22
 
 
 class Layout:
@@ -33,12 +33,16 @@ class Layout:
     """`ascent` can compute the gradients of some parameters only, at a lower cost."""
     grads_live_in_buffers = False
     """The next backward pass may write into the memory of the gradients of this one."""
+    can_defer_reduction = False
+    """`defers_reduction` may be set: then passes at w + e leave this process's own gradients, and
+    `reduce` follows at the end of the update."""
+    defers_reduction = False
     hides_gradients = False
     """Gradients are not in `.grad` before the last micro-batch of an update."""
     processes = 1
 
     def __init__(self, weights: Weights, model: nn.Module, is_compiled: bool = False) -> None:
-        self._device = weights[0].device if weights else torch.device("cpu")
+        self.device = weights[0].device if weights else torch.device("cpu")
         is_double = any(w.dtype is torch.float64 for w in weights)
         self.accumulate_in = torch.float64 if is_double else torch.float32
         # Also of devices that hold no perturbed parameter: their dropout masks must be replayed.
@@ -50,7 +54,7 @@ class Layout:
     @property
     def device_type(self) -> str:
         """Type of the device of the perturbed parameters, such as 'cuda'."""
-        return self._device.type
+        return self.device.type
 
     def ascent(self, scope_is_micro_batch: bool, some: Weights = ()) -> Context:
         """Context of a pass at w. Computes the gradients of `some` parameters only; empty for all.
@@ -61,6 +65,9 @@ class Layout:
 
     def reduce_ascent(self, weights: Weights) -> None:
         """Replace gradients that no backward pass has reduced by their mean over the processes."""
+
+    def reduce(self, weights: Weights) -> None:
+        """Reduce the gradients of an update whose passes have not, where `defers_reduction`."""
 
     def replaying(self, is_last: bool, scope_is_micro_batch: bool) -> Context:
         """Context of each pass at w + e. Only the last of a scope reduces, for all of them."""
@@ -136,7 +143,7 @@ class Layout:
 
     def sum_over_processes(self, numbers: Sequence[Tensor]) -> Tensor:
         """The numbers as one tensor, summed over the processes, which must all call this."""
-        return torch.stack([n.detach().to(self._device, self.accumulate_in) for n in numbers])
+        return torch.stack([n.detach().to(self.device, self.accumulate_in) for n in numbers])
 
     def dot_over(self, weights: Weights) -> Dot:
         """The inner product of lists with one tensor for each of these parameters."""
@@ -151,40 +158,27 @@ class Layout:
         sum wrong in its sixth digit.
         """
         if not xs:
-            return torch.zeros((), dtype=self.accumulate_in, device=self._device)
+            return torch.zeros((), dtype=self.accumulate_in, device=self.device)
         on_cpu = xs[0].device.type == "cpu"
         if xs is ys and not on_cpu:
             norms = torch._foreach_norm(xs, 2, dtype=self.accumulate_in)
-            return torch.stack([n.to(self._device) for n in norms]).square_().sum()
-        size = _CPU_CHUNK if on_cpu else _DEVICE_CHUNK
+            return torch.stack([n.to(self.device) for n in norms]).square_().sum()
+        size = _CPU_CHUNK if on_cpu else CHUNK
         if on_cpu and sum(map(Tensor.numel, xs)) <= size:
             x = self._flat(xs)
             return torch.dot(x, x if xs is ys else self._flat(ys))
         parts = []
-        for members in _chunks(xs, size):
+        for members in chunks(xs, size):
             x = self._flat([xs[i] for i in members])
             y = x if xs is ys else self._flat([ys[i] for i in members])
             if on_cpu and x.numel() > size:
                 pairs = zip(torch.split(x, size), torch.split(y, size), strict=True)
                 parts += [torch.linalg.vecdot(a, b) for a, b in pairs]
             else:
-                parts.append(torch.linalg.vecdot(x, y).to(self._device))
+                parts.append(torch.linalg.vecdot(x, y).to(self.device))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def _flat(self, tensors: Tensors) -> Tensor:
         # In the accumulator's type before they are put together, which needs one type for all.
         wide = [t if t.dtype is self.accumulate_in else t.to(self.accumulate_in) for t in tensors]
         return _flatten_dense_tensors(wide)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _chunks(tensors: Tensors, size: int) -> list[list[int]]:
-    """Positions in groups of one device and at most `size` elements, or of one larger tensor."""
-    groups: list[list[int]] = []
-    room, device = 0, None
-    for i, tensor in enumerate(tensors):
-        room -= tensor.numel()
-        if room < 0 or tensor.device != device:
-            groups.append([])
-            room, device = size - tensor.numel(), tensor.device
-        groups[-1].append(i)
-    return groups

@@ -17,7 +17,7 @@ _NAME = "sam_state"
 
 
 class MethodStateCheckpoint:
-    """The state of a method and of `sam_trigger`, in memory and as `sam_state.safetensors`.
+    """What a method, `sam_trigger` and the automatic radius keep, also in `sam_state.safetensors`.
 
     If all processes hold the same state, one of them writes the file. If each holds its own shards,
     or makes its own perturbations, each writes one: `sam_state_0-of-4.safetensors`, ...
@@ -27,7 +27,8 @@ class MethodStateCheckpoint:
         self, config: SAMConfig, method: Method, layout: Layout, parameters: Named
     ) -> None:
         self.state: State = {}
-        self._is_used = method.has_state or config.sam_trigger != "always"
+        has_rule = config.sam_trigger != "always" or config.sam_rho is None
+        self._is_used = method.has_state or has_rule
         self._method, self._layout, self._parameters = config.sam_method, layout, parameters
         self._is_shared = layout.shares_state(config.sam_scope == "micro_batch")
         self._before: tuple[int, State] = (-1, {})

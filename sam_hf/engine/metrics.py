@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..methods.base import Dot, Method, Names, Tensors
+from ..methods.base import Dot, Method, Tensors
 from .parameters import PARAMETER_GROUPS
 
 # In the order in which they are logged.
 _NAMES = (
+    "rho",
     "ascent_grad_norm",
     "perturbation_norm",
     *(f"share_{group}" for group in PARAMETER_GROUPS),
@@ -87,16 +88,13 @@ def _finite(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(usable, values, 0), usable
 
 
-def measure(
+def measure_perturbation(
     method: Method,
-    names: Names,
     groups: Sequence[str],
-    weights: Tensors,
     perturbation: Tensors,
-    descent_grads: Sequence[Tensor | None],
     dot_over: Callable[[Sequence[int]], Dot],
 ) -> dict[str, Tensor]:
-    """|e|, its shares on groups of parameters, and cos(g, g_s). Overwrites `perturbation`.
+    """|e|, and its shares on groups of parameters.
 
     `dot_over` returns the inner product over the parameters at the given positions.
     """
@@ -109,12 +107,19 @@ def measure(
     values = {"perturbation_norm": squared_norm.sqrt()}
     if method.reports_shares:
         values.update((f"share_{group}", s / squared_norm) for group, s in squares.items())
-
-    g = method.ascent_gradient(names, weights, perturbation)
-    pairs = [(i, y) for i, y in enumerate(descent_grads) if y is not None]
-    if g is not None and pairs:
-        members, g_s = (list(side) for side in zip(*pairs, strict=True))
-        every, dot = dot_over(range(len(g))), dot_over(members)
-        product = dot([g[i] for i in members], g_s)
-        values["grad_cosine"] = product / (every(g, g) * dot(g_s, g_s)).sqrt()
     return values
+
+
+def cosine_similarity(
+    g: Tensors, g_s: Sequence[Tensor | None], dot_over: Callable[[Sequence[int]], Dot]
+) -> tuple[Tensor, Tensor] | None:
+    """cos(g, g_s), and |g_s|^2; None if no entry of g_s can be read."""
+    pairs = [(i, y) for i, y in enumerate(g_s) if y is not None]
+    if not pairs:
+        return None
+    members, readable = (list(side) for side in zip(*pairs, strict=True))
+    every, dot = dot_over(range(len(g))), dot_over(members)
+    product = dot([g[i] for i in members], readable)
+    squared_norm = dot(readable, readable)
+    # Two roots: the product of the squares overflows, or is 0, where the norms are not.
+    return product / every(g, g).sqrt() / squared_norm.sqrt(), squared_norm

@@ -7,20 +7,20 @@ import math
 import torch
 from torch import Tensor
 
-from ..methods.base import Tensors
+from ..methods.base import Radius, Tensors
 from ..methods.lists import add_where_, reading_is_free, scale_
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def step_size(rho: float, squared_norm: Tensor) -> Tensor | float:
+def step_size(rho: Radius, squared_norm: Tensor) -> Tensor | float:
     """rho / |d|*, or 0 where that is not finite; rho < 0 goes against d.
 
     A number where it can be read without waiting for a device, else a 0-dimensional tensor.
     """
     if reading_is_free(squared_norm):
         square = squared_norm.item()
-        size = rho / math.sqrt(square) if square > 0 else 0.0
+        size = float(rho) / math.sqrt(square) if square > 0 else 0.0
         return size if abs(size) <= torch.finfo(squared_norm.dtype).max else 0.0
     return squared_norm.rsqrt().mul_(rho).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 

@@ -13,16 +13,23 @@ from ..methods.base import State
 from ..methods.lists import is_usable
 
 
-def rho_at(config: SAMConfig, update: int, max_updates: int, learning_rate_share: float) -> float:
+def rho_at(
+    config: SAMConfig, update: int, max_updates: int, learning_rate_share: float
+) -> float | None:
     """rho of update number `update` (from 0) of `max_updates`; 0 where the update is plain.
+
+    None where it is automatic.
 
     With `sam_rho_schedule="learning_rate"`, as in GSAM for a lowest learning rate of 0 (Zhuang et
     al. 2022, https://arxiv.org/abs/2203.08065, section 4.4):
     rho_t = rho_min + (rho_max - rho_min) lr_t / lr_max, with `learning_rate_share` lr_t / lr_max.
     """
-    high, low, start = config.sam_rho, config.sam_rho_min, config.sam_start_ratio * max_updates
-    if high <= 0 or update < start or update % config.sam_interval:
+    start = config.sam_start_ratio * max_updates
+    if config.sam_rho == 0 or update < start or update % config.sam_interval:
         return 0.0
+    if config.sam_rho is None:
+        return None
+    high, low = float(config.sam_rho), config.sam_rho_min
     if config.sam_rho_schedule == "learning_rate":
         return low + (high - low) * learning_rate_share
     done = (update - start) / max(max_updates - start, 1)
@@ -81,9 +88,11 @@ def describe_cost(
 ) -> str:
     """One line on the cost of the run, in units of plain updates."""
     passes = expected_passes(config, max_updates, share, first_rate)
+    target = f"auto (target cosine {config.sam_target_cosine:g})"
+    radius = target if config.sam_rho is None else f"{float(config.sam_rho):g}"
     at_most = "at most " if config.sam_trigger != "always" else ""
     line = (
-        f"sam_hf: {config.sam_method}, rho {config.sam_rho:g}, {max_updates} updates of {at_most}"
+        f"sam_hf: {config.sam_method}, rho {radius}, {max_updates} updates of {at_most}"
         f"{passes:.4g} forward-backward passes each on average (a plain step: 1)"
     )
     if share is not None and share > 1.01 * config.sam_ascent_fraction:

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ..config import SAMConfig
 from ..methods import Dot
+from ..methods.base import Radius
 from .combiner import GradientCombiner, momentum_of
 from .gradients import GradientLedger
 from .layout import Layout
 from .method_state import MethodStateCheckpoint
-from .metrics import Metrics, measure
+from .metrics import Metrics, cosine_similarity, measure_perturbation
 from .parameters import TrainedParameters
 from .perturbation import HALF, Perturbation, step_size
+from .radius import AutomaticRadius
 from .random_state import RandomState
 from .recorder import CallRecorder, RecordedCall
 from .schedule import GradientNormTrigger
@@ -31,14 +33,14 @@ class MicroBatch(Protocol):
     Attributes:
         update: number of the update, from 0.
         total_updates: number of updates in the run.
-        rho: size of the perturbation; 0 where the update is plain.
+        rho: size of the perturbation; 0 where the update is plain, None for the automatic radius.
         is_end: whether it is the last micro-batch of its update.
         is_deferred: whether it has no ascent pass.
     """
 
     update: int
     total_updates: int
-    rho: float
+    rho: float | None
     is_end: bool
     is_deferred: bool
 
@@ -89,6 +91,9 @@ class UpdateEngine:
         self.method = config.build_method()
         self.method_state = state
         self.trigger = GradientNormTrigger.of(config, state.state)
+        self.radius = AutomaticRadius(
+            config.sam_target_cosine, state.state, layout.device, layout.accumulate_in
+        )
         self.combiner = GradientCombiner(
             self.method, state.state, layout, parameters.trained, optimizer
         )
@@ -104,11 +109,21 @@ class UpdateEngine:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._tracker, self._seed = tracker, seed
         self._each_alone = config.sam_scope == "micro_batch"
+        self._is_automatic = config.sam_rho is None
+        # A g_s that the processes have reduced has no angle to the g of one of them.
+        layout.defers_reduction = (
+            self._is_automatic
+            and self._each_alone
+            and layout.processes > 1
+            and layout.can_defer_reduction
+        )
         self._chosen: tuple[int, dict[str, Any], list[Tensor]] | None = None
         self._has_seen_gradient = self._has_warned_of_rounding = False
         self._passes = 0.0
         self._ascent_loss: Tensor | None = None  # of the scope
         self._finds_all_state = True  # whether a replay finds all that its recorded call found
+        self._rho: Radius = 0.0  # of the update
+        self._ascent_norm = torch.zeros(())  # |g| of the scope
         self._sharpness: Tensor | None = None  # L(w + e) - L(w), summed over the update's scopes
 
     def close(self) -> None:
@@ -126,7 +141,7 @@ class UpdateEngine:
             self.discard_update()  # after a failure that the caller handled, gradients are cleared
         if self.micro_batches == 0:
             self._begin_update()
-        self.combiner.rho = batch.rho
+        self._rho = self.combiner.rho = self.radius.rho if batch.rho is None else batch.rho
         before = self.micro_batches, self._passes
         self.latest_ascent_cost, self.has_replayed = 0.0, False
         try:
@@ -139,14 +154,14 @@ class UpdateEngine:
                 self.micro_batches, self._passes = before
             raise
         if batch.is_end:
-            self._end_update()
+            self._end_update(batch)
         return loss
 
     def _run(self, batch: MicroBatch) -> Tensor:
         method, state = self.method, self.method_state.state
-        if batch.rho > 0 and method.along_momentum:
+        if batch.rho != 0 and method.along_momentum:
             return self._along_momentum(batch)
-        if batch.rho > 0 and method.perturbs:
+        if batch.rho != 0 and method.perturbs:
             if method.should_perturb(batch.update, state):
                 return self._two_passes(batch)
             return self._reused(batch)
@@ -160,7 +175,14 @@ class UpdateEngine:
             self.ledger.parameters = self.parameters.everything
             self._chosen = None
 
-    def _end_update(self) -> None:
+    def _end_update(self, batch: MicroBatch) -> None:
+        if batch.rho != 0 and batch.is_measured():
+            self.metrics.set(rho=torch.as_tensor(self._rho, dtype=self.layout.accumulate_in))
+        if batch.rho is None:
+            is_own = self.layout.defers_reduction
+            self.radius.finish(self.layout.sum_over_processes if is_own else None)
+            if is_own:
+                self.layout.reduce(self.ledger.parameters)
         self.metrics.add_passes(self._passes / self.micro_batches)
         if self._sharpness is not None:
             self.metrics.add_sharpness(self._sharpness)
@@ -173,6 +195,7 @@ class UpdateEngine:
         self.combiner.discard()
         self.micro_batches = 0
         self._ascent_loss, self._finds_all_state, self._sharpness = None, True, None
+        self.radius.discard()
         self.ledger.discard()
 
     # ---- One pass ----------------------------------------------------------------------------
@@ -202,7 +225,7 @@ class UpdateEngine:
 
         def undo() -> None:
             if is_measured and is_complete:
-                self._measure(perturbed, perturbation)
+                self._measure(perturbed, perturbation, is_logged=True)
             perturbation.restore()
             if not is_complete:
                 self.layout.recover()
@@ -211,7 +234,7 @@ class UpdateEngine:
             moments = self.layout.local_as(parameters, list(momentum.values()))
             dot = self.layout.dot_over(parameters)
             with torch.no_grad():
-                self._apply(list(momentum), perturbation, moments, dot, -batch.rho)
+                self._apply(list(momentum), perturbation, moments, dot, -self._rho)
             loss = batch.plain()
             is_complete = True
         if batch.is_end:
@@ -356,7 +379,7 @@ class UpdateEngine:
 
         Without a perturbed parameter w + e is w.
         """
-        self._require_no_foreign(self.method.combines)
+        self._require_no_foreign(self.method.combines or self._is_automatic)
         if not self._finds_all_state:
             warnings.warn(
                 "A large tensor or a long list that the trainer or a module holds was written for "
@@ -364,10 +387,11 @@ class UpdateEngine:
                 "first one left it.",
                 stacklevel=2,
             )
-        is_measured = bool(perturbed) and batch.is_measured()
+        is_logged = bool(perturbed) and batch.is_measured()
+        kept: list[Tensor] | None = None
         if perturbed:
             with torch.no_grad():
-                self._perturb(perturbed, perturbation, batch.rho, is_measured)
+                kept = self._perturb(perturbed, perturbation, is_logged)
         self.ledger.clear()
         is_mixed = self.layout.reduces_kept_gradients and self.ledger.has_foreign
         if is_mixed:
@@ -375,8 +399,8 @@ class UpdateEngine:
         count, recorded = len(calls), sum(call.random_state is not None for call in calls)
 
         def restore() -> None:
-            if is_measured:
-                self._measure(perturbed, perturbation, is_mixed)
+            if is_logged or (perturbed and self._is_automatic):
+                self._measure(perturbed, perturbation, is_logged, kept, is_mixed)
             perturbation.restore()
 
         descent_loss = self.layout.descent(functools.partial(self._replay, calls), restore)
@@ -396,9 +420,10 @@ class UpdateEngine:
         if is_apart and is_reduced and self.ledger.has_foreign:
             raise RuntimeError(
                 f"Code outside of compute_loss computes gradients in training_step, which several "
-                f"processes cannot separate with sam_method={self.config.sam_method!r} "
-                f"and sam_trigger={self.config.sam_trigger!r}. Compute that loss in compute_loss, "
-                "or set sam_method='sam' and sam_trigger='always', or sam_rho=0."
+                f"processes cannot separate with sam_method={self.config.sam_method!r}, "
+                f"sam_rho={self.config.sam_rho!r} and sam_trigger={self.config.sam_trigger!r}. "
+                "Compute that loss in compute_loss, or set sam_method='sam', a fixed sam_rho and "
+                "sam_trigger='always', or sam_rho=0."
             )
 
     def _replay(self, calls: list[RecordedCall]) -> Tensor:
@@ -513,13 +538,9 @@ class UpdateEngine:
         return found
 
     def _perturb(
-        self,
-        perturbed: dict[str, Tensor],
-        perturbation: Perturbation,
-        rho: float,
-        is_measured: bool,
-    ) -> None:
-        """Write w + e, with e made of the gradients in `.grad`.
+        self, perturbed: dict[str, Tensor], perturbation: Perturbation, is_logged: bool
+    ) -> list[Tensor] | None:
+        """Write w + e, with e made of the gradients in `.grad`; returns g where a copy is needed.
 
         What is made of g is freed here, so that its memory is free for g_s; unless g is needed.
         """
@@ -528,13 +549,17 @@ class UpdateEngine:
         parameters = list(perturbed.values())
         dot = self.layout.dot_over(parameters)
         grads = self.layout.gradients(parameters)
-        if is_measured:
-            norm = dot(grads, grads).sqrt()
-            self.metrics.set(ascent_grad_norm=self.layout.unscaled(norm))
+        if is_logged or self._is_automatic:
+            self._ascent_norm = dot(grads, grads).sqrt()
+        if is_logged:
+            self.metrics.set(ascent_grad_norm=self.layout.unscaled(self._ascent_norm))
+        # The angle between g and g_s needs g, which most methods find again in e, if e is exact.
+        is_lost = not self.method.recovers_gradient or self.layout.has_half_weights
+        kept = [g.clone() for g in grads] if self._is_automatic and is_lost else None
         if self.method.remembers_gradients:
             grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
             self.layout.unscale_(grads)
-        scale = self._apply(list(perturbed), perturbation, grads, dot, rho)
+        scale = self._apply(list(perturbed), perturbation, grads, dot, self._rho)
         # Waits for the device until it has warned. An e of 0 (fp16 overflow) changes no weight.
         if self.layout.has_half_weights and not self._has_warned_of_rounding and float(scale) != 0:
             self._has_warned_of_rounding = True
@@ -545,6 +570,7 @@ class UpdateEngine:
                 "bf16=True or fp16=True, which compute in half precision and store in float32.",
                 stacklevel=2,
             )
+        return kept
 
     def _apply(
         self,
@@ -552,7 +578,7 @@ class UpdateEngine:
         perturbation: Perturbation,
         grads: list[Tensor],
         dot: Dot,
-        rho: float,
+        rho: Radius,
     ) -> Tensor | float:
         """The gradient becomes e, and the weights w + e; returns the factor rho / |d|*."""
         direction, squared_norm = self.method.direction(
@@ -575,22 +601,38 @@ class UpdateEngine:
 
     @torch.no_grad()
     def _measure(
-        self, perturbed: dict[str, Tensor], perturbation: Perturbation, is_mixed: bool = False
+        self,
+        perturbed: dict[str, Tensor],
+        perturbation: Perturbation,
+        is_logged: bool,
+        kept: list[Tensor] | None = None,
+        is_mixed: bool = False,
     ) -> None:
         """Measure what needs e and g_s. Writes into the weights: they must be restored next.
 
         Args:
+            is_logged: what a log shows, and not for the automatic radius alone.
+            kept: g, where it is not found again in e.
             is_mixed: `.grad` holds foreign gradients too: no cosine.
         """
         assert perturbation.saved is not None
-        names, parameters = list(perturbed), list(perturbed.values())
+        method, names, parameters = self.method, list(perturbed), list(perturbed.values())
         w, e = perturbation.saved, perturbation.difference_()
-        g_s: Sequence[Tensor | None] = [None] * len(names)
-        if not is_mixed:
-            g_s = self.layout.descent_gradients(parameters)
-        groups = [self.parameters.groups[name] for name in names]
 
         def dot_over(members: Sequence[int]) -> Dot:
             return self.layout.dot_over([parameters[i] for i in members])
 
-        self.metrics.set(**measure(self.method, names, groups, w, e, g_s, dot_over))
+        if is_logged:
+            groups = [self.parameters.groups[name] for name in names]
+            self.metrics.set(**measure_perturbation(method, groups, e, dot_over))
+        if kept is None and method.recovers_gradient:
+            kept = method.ascent_gradient(names, w, e)
+        if kept is None or is_mixed:
+            return
+        g_s = self.layout.descent_gradients(parameters)
+        if (readings := cosine_similarity(kept, g_s, dot_over)) is not None:
+            cosine, squared_norm = readings
+            if is_logged:
+                self.metrics.set(grad_cosine=cosine)
+            if self._is_automatic:
+                self.radius.add(cosine, squared_norm.sqrt() / self._ascent_norm)

@@ -23,6 +23,7 @@ _METRIC_PATTERN = re.compile(r"(train_)?loss|eval_.*(?<!_runtime)(?<!_per_second
 
 _MEANINGS = {
     "sam_sharpness": "L(w + e) − L(w), averaged over the updates since the previous log",
+    "sam_rho": "radius in force",
     "sam_perturbation_norm": "‖e‖₂ as applied",
     "sam_ascent_grad_norm": "‖g‖₂ at w",
     "sam_grad_cosine": "cosine similarity of the gradients at w and w + e",
@@ -38,7 +39,7 @@ def update_card(path: Path, config: SAMConfig, trainer: Trainer) -> None:
     """
     text = path.read_text(encoding="utf-8") if path.exists() else f"# {repository_name(trainer)}\n"
     before, *after = _SECTION_PATTERN.split(text)
-    tags = [config.sam_method, _TAG] if config.sam_rho > 0 else []
+    tags = [config.sam_method, _TAG] if config.sam_rho != 0 else []
     if tags:
         section = f"{_BEGIN}\n{_section(path.parent, config, trainer)}\n{_END}\n"
         text = (before if after else f"{before.rstrip()}\n\n") + section + "".join(after)

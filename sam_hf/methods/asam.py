@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .base import Direction, Dot, Method, Names, State, Tensors
+from .lists import CHUNK, chunks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ASAM(Method):
   year = {2021},
   url = {https://arxiv.org/abs/2102.11600}
 }"""
-    reports_shares = True
+    recovers_gradient = reports_shares = True
 
     eta: float
     adaptive_scope: str
@@ -61,11 +62,16 @@ class ASAM(Method):
         return grads, squared_norm
 
     def ascent_gradient(self, names: Names, weights: Tensors, perturbation: Tensors) -> Tensors:
-        # A loop, in logged updates only: all T at once would be another copy of the weights.
-        for i in self._scaled(names):
-            t_squared = weights[i].abs().add_(self.eta).square_()
-            # Where T is 0, e is 0 and g is unknown: 0 / 0 counts as 0.
-            perturbation[i].div_(t_squared).masked_fill_(t_squared == 0, 0)
+        scaled = self._scaled(names)
+        # In chunks: all T at once would be another copy of the weights.
+        for members in chunks([weights[i] for i in scaled], CHUNK):
+            positions = [scaled[i] for i in members]
+            t_squared = list(torch._foreach_abs([weights[i] for i in positions]))
+            torch._foreach_add_(t_squared, self.eta)
+            torch._foreach_mul_(t_squared, t_squared)
+            # Where T is 0, e is 0 and g is unknown: 0 / tiny counts as 0.
+            torch._foreach_clamp_min_(t_squared, torch.finfo(t_squared[0].dtype).tiny)
+            torch._foreach_div_([perturbation[i] for i in positions], t_squared)
         return perturbation
 
     def _scaled(self, names: Names) -> list[int]:

@@ -17,6 +17,9 @@ Direction = tuple[Tensors, Tensor]
 Dot = Callable[[Tensors, Tensors], Tensor]
 """``dot(xs, ys)``: the inner product over all tensors and all shards, a 0-dimensional tensor."""
 
+Radius = float | Tensor
+"""rho: a number, or where it is automatic a 0-dimensional tensor."""
+
 State = dict[str, dict[str, Tensor]]
 """What a method keeps between updates: slot -> parameter name -> tensor. It is saved with every
 checkpoint, and sharded as the parameters are."""
@@ -71,6 +74,8 @@ class Method:
     """The method keeps a `State` between updates."""
     remembers_gradients: ClassVar[bool] = False
     """The state is made of g: g is given in fp32 and without the changing loss scale of fp16."""
+    recovers_gradient: ClassVar[bool] = False
+    """`ascent_gradient` finds g in e, so that cos(g, g_s) is measured without keeping g."""
     reports_shares: ClassVar[bool] = False
     """The logs show the shares of |e|^2 on norms, biases, embeddings and matrices."""
     needs_adapters: ClassVar[bool] = False
@@ -121,14 +126,12 @@ class Method:
         """
         raise NotImplementedError
 
-    def ascent_gradient(
-        self, names: Names, weights: Tensors, perturbation: Tensors
-    ) -> Tensors | None:
-        """g up to a positive factor, recovered from w and e; None where that is impossible.
+    def ascent_gradient(self, names: Names, weights: Tensors, perturbation: Tensors) -> Tensors:
+        """g up to a positive factor, recovered from w and e; of methods with `recovers_gradient`.
 
-        With it cos(g, g_s) is measured without keeping g. ``perturbation`` may be overwritten.
+        ``perturbation`` may be overwritten.
         """
-        return None
+        raise NotImplementedError
 
     def combine(
         self, names: Names, grads: Tensors, descent_grads: Tensors, dot: Dot, state: State
@@ -150,7 +153,7 @@ class Method:
         """Overwrite g by what the optimizer gets in an update without a descent pass."""
 
     def before_step(
-        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: Radius
     ) -> None:
         """Change weights or gradients before the optimizer step; not called for a skipped step.
 
@@ -161,7 +164,7 @@ class Method:
         """
 
     def after_step(
-        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: Radius
     ) -> None:
         """Change the weights after the optimizer step; not called for a skipped step.
 

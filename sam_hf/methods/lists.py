@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+CHUNK = 2**22  # elements: enough to keep a device busy
 # With these options a step of SGD is `targets += sources`.
 _ADD: dict[str, Any] = dict.fromkeys(("weight_decay", "momentum", "dampening"), 0.0)
 _ADD |= {"lr": 1.0, "nesterov": False, "maximize": True, "is_first_step": False}
@@ -23,6 +24,19 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
     for i, tensor in enumerate(tensors):
         positions[tensor.device].append(i)
     return list(positions.values())
+
+
+def chunks(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
+    """Positions in groups of one device and at most `size` elements, or of one larger tensor."""
+    groups: list[list[int]] = []
+    room, device = 0, None
+    for i, tensor in enumerate(tensors):
+        room -= tensor.numel()
+        if room < 0 or tensor.device != device:
+            groups.append([])
+            room, device = size - tensor.numel(), tensor.device
+        groups[-1].append(i)
+    return groups
 
 
 def reading_is_free(number: Tensor) -> bool:

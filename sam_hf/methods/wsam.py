@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Dot, Floats, Named, Names, State, Tensors, option
+from .base import Dot, Floats, Named, Names, Radius, State, Tensors, option
 from .lists import add_where_, scale_, zero_unless
 from .sam import SAM
 
@@ -75,7 +75,7 @@ class WSAM(SAM):
         return list(differences)
 
     def after_step(
-        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: Radius
     ) -> None:
         if stepped := [i for i, name in enumerate(names) if name in pending]:
             factors = [-learning_rates[i] * self._weight for i in stepped]

@@ -102,7 +102,7 @@ class TrainerMicroBatch:
         training: TrainingState,
         arguments: tuple[nn.Module, dict[str, Any], Any],
         training_step: Callable[[nn.Module, dict[str, Any], Any], Tensor],
-        rho: float,
+        rho: float | None,
     ) -> None:
         trainer = training.trainer
         self._training, self._trainer = training, trainer

@@ -89,7 +89,7 @@ class SAMTrainerMixin(PublishingMixin):
                 "(`optim`)."
             )
         self._sam_add_auxiliary()
-        if self.sam_config.sam_rho > 0:
+        if self.sam_config.sam_rho != 0:
             self._sam_follow_events()
 
     @property
@@ -110,7 +110,7 @@ class SAMTrainerMixin(PublishingMixin):
     def _sam_validate(self) -> None:
         config = self.sam_config
         config.validate_sam()
-        if config.sam_rho > 0:
+        if config.sam_rho != 0:
             validate_layout(self)
             if config.build_method().needs_adapters:
                 require_lora(self.model, config.sam_method)
@@ -159,7 +159,7 @@ class SAMTrainerMixin(PublishingMixin):
         if self._sam_lacks_auxiliary:
             self.optimizer = None  # that of an earlier run trained factors that were removed
         is_search = kwargs.get("trial", args[1] if len(args) > 1 else None) is not None
-        if self.sam_config.sam_rho > 0 or is_search:  # a trial may set sam_rho
+        if self.sam_config.sam_rho != 0 or is_search:  # a trial may set sam_rho
             self._sam_follow_events()
         try:
             return super().train(*args, **kwargs)
@@ -195,7 +195,7 @@ class SAMTrainerMixin(PublishingMixin):
             # out of memory) may differ from those of an earlier run.
             self._sam_validate()
             self._sam_stop()
-            if self.sam_config.sam_rho > 0:
+            if self.sam_config.sam_rho != 0:
                 self._sam_start().describe()
         elif event == "on_train_end":
             if self._sam_auxiliary is not None:

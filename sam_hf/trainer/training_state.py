@@ -18,6 +18,7 @@ from ..distributed import layout_for, reshard
 from ..distributed.validation import can_cut_micro_batches, overrides, why_not_deferred
 from ..engine.method_state import MethodStateCheckpoint
 from ..engine.parameters import TrainedParameters, canonical_name
+from ..engine.radius import RadiusCheck
 from ..engine.schedule import describe_cost, interval_of, learning_rate_share, rho_at
 from ..engine.state import StateTracker, call_and_restore, patched
 from ..engine.subset import AscentSubset
@@ -46,7 +47,6 @@ is_hyper_param_search trial_name trial_params best_metric best_global_step best_
 _tr_loss _total_loss_scalar _globalstep_last_logged _sam_config _sam_training _sam_resumed_from
 _sam_auxiliary _sam_saved_in
 """
-_LOW_COSINE = 0.5  # below this sam_grad_cosine, SAM is likely to harm
 
 
 class TrainingState:
@@ -87,7 +87,7 @@ class TrainingState:
         self.was_reached = False  # whether the Trainer has called `training_step`
         self.first_update: int = trainer.state.global_step
         self._interval = interval_of(config)
-        self._has_warned_of_rho = False
+        self._check = RadiusCheck(config)
         self._ascent_flos = 0.0  # of the update, for its calls that are yet to be replayed
         self._flos_are_due = False
         self._flos_of = trainer.floating_point_ops
@@ -172,29 +172,8 @@ class TrainingState:
         """Add the `sam_*` metrics to a log. Every process must call this."""
         metrics = self.engine.metrics.pop(self.layout.sum_over_processes)
         if self.trainer.is_world_process_zero():
-            self._warn_of_a_large_rho(logs.get("loss"), metrics)
+            self._check.add(metrics, logs.get("loss"), self.trainer.state.global_step)
         logs.update(metrics)
-
-    def _warn_of_a_large_rho(self, loss: float | None, metrics: dict[str, float]) -> None:
-        """Warn once: where g_s has little to do with g, SAM trains on another loss than given."""
-        cosine, sharpness = metrics.get("sam_grad_cosine"), metrics.get("sam_sharpness")
-        is_low = cosine is not None and cosine < _LOW_COSINE
-        is_sharp = sharpness is not None and loss is not None and sharpness > abs(loss)
-        if self._has_warned_of_rho or not (is_low or is_sharp):
-            return
-        self._has_warned_of_rho = True
-        reading = (
-            f"sam_grad_cosine is {cosine:.2g}: the gradient at w + e has little in common with "
-            "that at w (0.7 to 0.95 is usual)"
-            if is_low
-            else f"sam_sharpness is {sharpness:.3g}, above the loss of {loss:.3g}"
-        )
-        warnings.warn(
-            f"sam_rho={self.config.sam_rho:g} is probably too large for this model at update "
-            f"{self.trainer.state.global_step}: {reading}. Try a smaller sam_rho; for BERT-like "
-            "encoders start with 0.01.",
-            stacklevel=2,
-        )
 
     # ---- The events of a run -----------------------------------------------------------------
 
@@ -222,6 +201,8 @@ class TrainingState:
         if state.global_step <= self.first_update:
             return
         self.require_training_step()
+        if state.is_world_process_zero:
+            self._check.end()
         is_plain = engine.method.perturbs and not engine.perturbed_updates
         if is_plain and state.is_world_process_zero:
             warnings.warn(

@@ -110,9 +110,11 @@ ROWS: dict[str, Row] = {
     "hand-written, swap": (HandWrittenSwapTrainer, {}, False),
     "sam": (SAMTrainer, {}, False),
     "sam, logged": (SAMTrainer, {}, True),
+    "sam, auto": (SAMTrainer, {"sam_rho": "auto"}, False),
     "sam, micro_batch": (SAMTrainer, {"sam_scope": "micro_batch"}, False),
     "sam, norms": (SAMTrainer, {"sam_params": "norms", "sam_rho": 0.5}, False),
     "asam": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, False),
+    "asam, auto": (SAMTrainer, {"sam_method": "asam", "sam_rho": "auto"}, False),
     "asam, logged": (SAMTrainer, {"sam_method": "asam", "sam_rho": 0.5}, True),
 }
 IN_LAYOUTS = [name for name in ROWS if not name.startswith(BY_HAND)]

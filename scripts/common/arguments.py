@@ -149,7 +149,7 @@ class ScriptArguments:
         super().__post_init__()
         # Pinned memory speeds up copies to an accelerator. Without one, torch only warns.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
-        check_used(self, ["compare_with_plain"], self.sam_rho > 0, "with --sam_rho 0")
+        check_used(self, ["compare_with_plain"], self.sam_rho != 0, "with --sam_rho 0")
         check_used(self, ["fp16"], self.device.type != "cpu", "without a GPU: choose --bf16")
         # The Trainer accepts less, and fails late or trains nothing.
         check_range(self, 1, math.inf, "torch_num_threads", *POSITIVE.split())

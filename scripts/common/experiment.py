@@ -127,8 +127,9 @@ def train_and_compare(
 
 def method_name(args: Any) -> str:
     """'ASAM (rho 2)', or the optimizer's name where SAM is off."""
-    if args.sam_rho > 0:
-        return f"{args.sam_method.upper()} (rho {args.sam_rho:.4g})"
+    if args.sam_rho != 0:
+        rho = "auto" if args.sam_rho is None else f"{args.sam_rho:.4g}"
+        return f"{args.sam_method.upper()} (rho {rho})"
     family = args.optim.value.split("_")[0]
     return {"adamw": "AdamW", "sgd": "SGD"}.get(family, family)
 

@@ -37,6 +37,11 @@ CASES = {
     "batch-1-static": case("batch", 1, ddp_static_graph=True),
     "batch-2-compiled": case("batch", 2, **COMPILED),
     "micro_batch-1-compiled": case("micro_batch", 1, **COMPILED),
+    "batch-2-auto": {**case("batch", 2), "sam": {"sam_rho": None, "sam_scope": "batch"}},
+    "micro_batch-2-auto": {
+        **case("micro_batch", 2),
+        "sam": {"sam_rho": None, "sam_scope": "micro_batch"},
+    },
 }
 EACH = {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}}
 # Gradients that are kept for later are views of what DDP writes in every backward pass.

@@ -48,11 +48,18 @@ OTHERS = {
     "asam": case("ddp", steps=3, sam=ASAM),
     "asam-sharded": case("fsdp2", steps=3, sam=ASAM),
     "some": case("ddp", steps=3, sam={"sam_params": "second"}),
+    **{
+        f"auto-{layout}-{scope}": case(layout, scope, 3, sam={"sam_rho": None})
+        for layout in ("ddp", "fsdp2")
+        for scope in SCOPES
+    },
     "resumed": case("ddp", "micro_batch", sam=VASSO, resumed_at=2),
     "not-resumed": case("ddp", "micro_batch", sam=VASSO),
 }
+AGAINST_THE_TWIN = [name for name in OTHERS if "resumed" not in name]
 REFUSED = {
     "gsam": case("deepspeed", stage=1, dtype="float32", sam={"sam_method": "gsam"}),
+    "auto": case("deepspeed", stage=1, dtype="float32", sam={"sam_rho": None}),
     "unprepared": case("ddp", passes_unprepared=True),
 }
 QUICK = [name for name in (*CASES, *DEEPSPEED) if name.endswith("3")] + list(OTHERS)
@@ -68,7 +75,7 @@ def runs(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @slow_unless(name=QUICK)
-@pytest.mark.parametrize("name", [*CASES, *DEEPSPEED, "asam", "asam-sharded", "some"])
+@pytest.mark.parametrize("name", [*CASES, *DEEPSPEED, *AGAINST_THE_TWIN])
 def test_the_weights_are_those_of_the_paper(name, runs):
     options = (CASES | DEEPSPEED | OTHERS)[name]
     is_shared = options["layout"] in SHARDED
@@ -104,4 +111,5 @@ def test_a_state_of_each_process_is_saved_and_loaded_to_the_bit(runs):
 def test_what_a_layout_cannot_do_is_refused_in_one_line(runs):
     for run in runs:
         assert "combines the gradients at w and at w + e" in run["gsam"]["error"]
+        assert "sam_rho=None compares the gradients at w and at w + e" in run["auto"]["error"]
         assert "not prepared, in 2 processes" in run["unprepared"]["error"]

@@ -66,6 +66,8 @@ CASES = {
     ),
     "tied": case("fsdp2", "micro_batch", 2, model="language"),
     "asam": case("fsdp2", sam={"sam_method": "asam", "sam_eta": 0.2}),
+    "auto": case("fsdp2", steps=2, sam={"sam_rho": None}),
+    "auto-micro_batch": case("fsdp2", "micro_batch", 2, sam={"sam_rho": None}),
     "each-synchronised": case(
         "fsdp2",
         steps=2,

@@ -124,9 +124,11 @@ def test_every_training_log_holds_every_reading(args, sam, expected):
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_readings_are_measured_only_where_a_log_shows_them(scope, args, expected, monkeypatch):
     measured = []
-    real = engine_update.measure
+    real = engine_update.measure_perturbation
     monkeypatch.setattr(
-        engine_update, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
+        engine_update,
+        "measure_perturbation",
+        lambda *a: measured.append(trainer.state.global_step) or real(*a),
     )
     sam = {"sam_scope": scope}
     trainer = sam_trainer(Classifier(), examples(16), sam=sam, max_steps=8, **args)
@@ -145,9 +147,13 @@ class CountsReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("rho", [0.05, None])
 @every_method_and_scope(lambda method: method.perturbs)
-def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, monkeypatch):
-    for module in ("sam_hf.engine.perturbation", "sam_hf.methods.lists"):
+def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, rho, monkeypatch):
+    if rho is None and METHODS[method].along_momentum:
+        pytest.skip("has no automatic radius")
+    for module in ("engine.perturbation", "engine.radius", "methods.lists"):
+        module = f"sam_hf.{module}"
         monkeypatch.setattr(f"{module}.reading_is_free", lambda number: False)
 
     class CountingSAM(SAMTrainer):
@@ -163,7 +169,7 @@ def test_the_host_reads_no_number_from_the_device_in_an_update(method, scope, mo
         Classifier(dropout=0.1),
         examples(16),
         CountingSAM,
-        sam={"sam_method": method, "sam_scope": scope},
+        sam={"sam_method": method, "sam_scope": scope, "sam_rho": rho},
         gradient_accumulation_steps=2,
         max_steps=4,
         logging_steps=2,

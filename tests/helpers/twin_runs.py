@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from reference_optimizers import clip_by_global_norm
+from reference_radius import START, next_rho
 from reference_sam import sam_step
 from tiny import (
     assert_same_bits,
@@ -65,17 +66,25 @@ def share(model: nn.Module):
 def by_the_twin(
     model: nn.Module,
     updates: list[list[Any]],
-    rho: float = RHO,
+    rho: float | None = RHO,
     clip: float = 0.0,
     step: Any = sam_step,
+    target: float = 0.85,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """SGD on g_s of the float64 twin. Each update is a list of functions of the parameters."""
+    """SGD on g_s of the float64 twin. Each update is a list of functions of the parameters.
+
+    Without a rho it is the automatic one, for this target.
+    """
+    is_automatic = rho is None
+    rho = START if rho is None else rho
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, w = list(trained), [p.detach().clone() for p in trained.values()]
     for shares in updates:
         as_lists = [lambda w, f=f: f(dict(zip(names, w, strict=True))) for f in shares]
-        g_s, _ = step(w, as_lists, rho, **options)
+        g_s, readings = step(w, as_lists, rho, **options)
+        if is_automatic:
+            rho = next_rho(rho, readings, target)
         g_s = clip_by_global_norm(g_s, clip)[0] if clip else g_s
         w = [w_i if g_i is None else w_i - 0.1 * g_i for w_i, g_i in zip(w, g_s, strict=True)]
     return dict(zip(names, w, strict=True))

@@ -113,13 +113,13 @@ def test_a_rho_that_turns_the_gradient_warns_once_with_the_reading_and_the_optio
     assert statistics.median(cosines(trainer)) < 0.2
     assert len(found) == 1
     assert "sam_rho" in found[0] and "100" in found[0]
-    numbers = [float(x) for x in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", found[0])]
-    assert "cos" in found[0] and any(-1 <= x < 0.5 for x in numbers)
+    cosine = re.search(r"sam_grad_cosine (?:was )?(-?[\d.e-]+)", found[0])
+    assert cosine is not None and float(cosine[1]) < 0.5
 
 
 @pytest.mark.parametrize("model", [MLP, Classifier])
-@pytest.mark.parametrize("rho", [1e-7, 0.01, 0.05])
-def test_a_rho_that_leaves_the_gradient_its_direction_does_not_warn(model, rho):
+@pytest.mark.parametrize("rho", [0.1, 0.2])
+def test_a_usual_rho_does_not_warn(model, rho):
     trainer = long_run(model, sam={"sam_rho": rho})
     assert warned(trainer) == []
     assert min(cosines(trainer)) > 0.8

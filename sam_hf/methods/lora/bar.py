@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..base import Floats, Method, Names, Tensors, option
+from ..base import Floats, Method, Names, Radius, Tensors, option
 from .factors import factor_pairs
 
 
@@ -50,7 +50,7 @@ class BAR(Method):
     )
 
     def before_step(
-        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: Radius
     ) -> None:
         # A loop over layers: the sign differs for each of them, and the factors are small.
         for i, j in factor_pairs(names, auxiliary=False):

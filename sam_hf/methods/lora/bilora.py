@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..base import Floats, Method, Named, Names, Tensors, option
+from ..base import Floats, Method, Named, Names, Radius, Tensors, option
 from .factors import factor_pairs, is_auxiliary
 
 
@@ -47,13 +47,13 @@ class BiLoRA(Method):
     rank: int = option(8, low=1, help="Rank of the auxiliary factors.")
 
     def before_step(
-        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: Radius
     ) -> None:
         if ascent := [g for name, g in zip(names, grads, strict=True) if is_auxiliary(name)]:
             torch._foreach_neg_(ascent)
 
     def after_step(
-        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: float
+        self, names: Names, weights: Tensors, pending: Named, learning_rates: Floats, rho: Radius
     ) -> None:
         pairs = factor_pairs(names, auxiliary=True)
         if not pairs:

@@ -1,0 +1,231 @@
+"""The automatic radius against its float64 twin, in loops and in the Trainer."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from loops import KINDS, Loop
+from method_twins import windows
+from reference_asam import asam_step
+from reference_radius import START, log_factor
+from reference_sam import Readings, sam_step
+from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
+from torch import nn
+from twin_runs import by_the_twin, means
+
+from sam_hf import SAM, SAMConfig
+
+UPDATES = 25
+AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.8}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_scope = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+
+
+def radius_of(sam: SAM) -> float:
+    return float(sam._engine.radius.rho)
+
+
+@every_kind
+@every_scope
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("method", ["sam", "asam"])
+def test_a_loop_has_the_weights_of_the_twin(method, steps, scope, kind):
+    model, rows = Classifier(), examples(36).rows
+    updates = windows(rows, 3, steps, UPDATES)
+    step = functools.partial(asam_step, eta=0.2) if method == "asam" else sam_step
+    options = {"target": 0.8, "step": step, "scope": scope}
+    expected = by_the_twin(model, means(model, updates), None, **options)
+    sam = {**AUTO, "sam_method": method, "sam_scope": scope}
+    loop = Loop(kind, model, sam | ({"sam_eta": 0.2} if method == "asam" else {}), steps)
+    for window in updates:
+        loop.update(window)
+    torch.testing.assert_close(loop.weights(), expected, rtol=0, atol=1e-10)
+    assert radius_of(loop.sam) > 3 * START  # the rule was at work
+
+
+@every_scope
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_trainer_and_a_loop_train_the_same(tmp_path, steps, scope):
+    model, data = Classifier(), examples(36)
+    loop = Loop("plain", Classifier(), {**AUTO, "sam_scope": scope}, steps)
+    loop.model.load_state_dict(model.state_dict())
+    updates = windows(data.rows, 3, steps, 12 // steps)
+    radii = []
+    for window in updates:
+        radii.append(radius_of(loop.sam))
+        loop.update(window)
+    trainer = sam_trainer(
+        model,
+        data,
+        sam={**AUTO, "sam_scope": scope},
+        output_dir=str(tmp_path),
+        max_steps=len(updates),
+        gradient_accumulation_steps=steps,
+        per_device_train_batch_size=3,
+        logging_steps=1,
+    )
+    trainer.train()
+    torch.testing.assert_close(weights(model), loop.weights(), rtol=0, atol=1e-10)
+    logged = [entry["sam_rho"] for entry in trainer.state.log_history if "sam_rho" in entry]
+    assert logged == pytest.approx(radii, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["gsam", "looksam", "wsam", "friendly_sam", "vasso", "esam"])
+def test_every_method_with_two_passes_reaches_the_target(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)).double()
+    x, y = torch.randn(64, 4, dtype=torch.double), torch.arange(64) % 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the weights stay
+    sam = SAM(model, optimizer, SAMConfig(sam_rho=None, sam_method=method))
+    for _ in range(400):
+        sam.backward(lambda: nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+        found = sam.metrics()
+    assert found["sam_rho"] == pytest.approx(radius_of(sam), rel=0.5)  # esam chooses anew
+    cosine = found.get("sam_grad_cosine")
+    assert cosine is None or 0.8 < cosine < 0.95
+
+
+def test_a_resumed_run_goes_on_to_the_bit(tmp_path):
+    whole = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5}
+    trainers = [
+        sam_trainer(Classifier(), examples(36), sam=AUTO, output_dir=str(tmp_path / name), **whole)
+        for name in ("one", "two")
+    ]
+    trainers[0].train()
+    trainers[1].train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    assert_same_bits(trainers[1].model, weights(trainers[0].model))
+    with pytest.warns(UserWarning, match="starts empty"):
+        path = tmp_path / "one" / "checkpoint-5" / "sam_state.safetensors"
+        path.unlink()
+        trainers[1].train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+
+
+def test_a_loop_saves_and_loads_its_radius():
+    model, updates = Classifier(), windows(examples(36).rows, 3, 1, 6)
+    loop = Loop("plain", model, AUTO)
+    for window in updates:
+        loop.update(window)
+    other = Loop("plain", Classifier(), AUTO)
+    other.sam.load_state_dict(loop.sam.state_dict())
+    assert radius_of(other.sam) == radius_of(loop.sam) != START
+
+
+def reading(cosine: float, growth: float) -> Readings:
+    return Readings(0.0, 0.0, 0.0, 0.0, cosine, growth, [])
+
+
+@pytest.mark.parametrize(
+    "cosine, growth",
+    [(0.95, 1.0), (0.5, 1.2), (-0.3, 1.0), (1.0, 1.0), (1 + 1e-7, 0.9), (0.999, 2.0), (0.9, 3.5)],
+)
+def test_one_reading_moves_the_radius_as_the_formula_says(cosine, growth):
+    radius = SAM(*small(), SAMConfig(sam_rho=None))._engine.radius
+    radius.add(torch.tensor(cosine), torch.tensor(growth))
+    radius.finish(None)
+    expected = START * math.exp(0.1 * log_factor(reading(cosine, growth), 0.85))
+    assert float(radius.rho) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("cosine, growth", [(math.nan, 1.0), (math.nan, math.nan)])
+def test_a_reading_that_is_not_finite_does_not_count(cosine, growth):
+    radius = SAM(*small(), SAMConfig(sam_rho=None))._engine.radius
+    radius.add(torch.tensor(cosine), torch.tensor(growth))
+    radius.finish(None)
+    assert float(radius.rho) == pytest.approx(START)
+    radius.add(torch.tensor(0.5), torch.tensor(1.0))
+    radius.add(torch.tensor(cosine), torch.tensor(growth))
+    radius.finish(None)
+    expected = START * math.exp(0.1 * log_factor(reading(0.5, 1.0), 0.85))
+    assert float(radius.rho) == pytest.approx(expected, rel=1e-5)
+
+
+def small() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(2, 2)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_weights_in_half_precision_do_not_mislead_it():
+    """e, which rounding swallows in part, is not g: the angle is measured against g itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2)).bfloat16()
+    x, y = torch.randn(64, 8).bfloat16(), torch.arange(64) % 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sam = SAM(model, optimizer, SAMConfig(sam_rho=None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(60):
+            sam.backward(lambda: nn.functional.cross_entropy(model(x).float(), y))
+            optimizer.zero_grad()
+    assert radius_of(sam) > 10 * START
+
+
+@pytest.mark.parametrize("sam_rho", [None, "auto", " Auto "])
+def test_auto_has_three_spellings(sam_rho):
+    assert SAMConfig(sam_rho=sam_rho).sam_rho is None
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"sam_method": "msam"}, "sam_rho=None is not allowed. Allowed: a number with sam_method="),
+        ({"sam_method": "bilora"}, "sam_rho=None is not allowed"),
+        ({"sam_rho_schedule": "linear"}, "with sam_rho=None, the automatic radius"),
+        ({"sam_rho_warmup_ratio": 0.1}, "with sam_rho=None, the automatic radius"),
+        ({"sam_ascent_fraction": 0.5}, "which compares equal examples"),
+        ({"sam_replay_rng": False}, "which compares equal masks"),
+        ({"sam_target_cosine": 1.0}, "sam_target_cosine=1.0 is not allowed"),
+        ({"sam_target_cosine": 0.0}, "sam_target_cosine=0.0 is not allowed"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options, words):
+    with pytest.raises(ValueError, match="is not allowed") as error:
+        SAMConfig(sam_rho=None, **options)
+    assert words in str(error.value)
+
+
+def test_a_target_without_effect_is_told():
+    with pytest.warns(UserWarning, match="sam_target_cosine=0.8 has no effect with sam_rho=0.1"):
+        SAMConfig(sam_rho=0.1, sam_target_cosine=0.8)
+
+
+# ---- A fixed radius that is wrong -------------------------------------------------------------
+
+
+def logs_of(tmp_path, rho: float, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        options |= {"output_dir": str(tmp_path), "logging_steps": 1}
+        sam_trainer(Classifier(), examples(36), sam={"sam_rho": rho}, **options).train()
+    return [str(w.message) for w in caught if "sam_rho=" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "rho, words",
+    [
+        (50.0, ["sam_rho=50 is far too large at update", "Choose a smaller sam_rho", "'auto'"]),
+        (1e-5, ["sam_rho=1e-05 changes next to nothing: sam_grad_cosine was", "larger sam_rho"]),
+    ],
+)
+@pytest.mark.parametrize("updates", [5, 30])
+def test_a_wrong_radius_is_told_once(tmp_path, rho, words, updates):
+    (message,) = logs_of(tmp_path, rho, max_steps=updates)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+def test_a_usual_radius_is_not(tmp_path):
+    assert logs_of(tmp_path, 0.3, max_steps=15) == []
+
+
+def test_a_loop_tells_it_too():
+    model, updates = Classifier(), windows(examples(36).rows, 3, 1, 6)
+    loop = Loop("plain", model, {"sam_rho": 50.0})
+    with pytest.warns(UserWarning, match="sam_rho=50 is far too large at update"):
+        for window in updates:
+            loop.update(window)
+            loop.sam.metrics()
