@@ -1,4 +1,4 @@
-"""The command `sam-hf`: sharpness measures and loss landscapes of saved models."""
+"""The command `sam-hf`: sharpness, loss landscapes and radii of saved models."""
 
 import sys
 import warnings

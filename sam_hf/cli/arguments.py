@@ -14,6 +14,7 @@ examples:
   sam-hf sharpness distilbert/distilbert-base-uncased-finetuned-sst-2-english stanfordnlp/sst2
   sam-hf landscape outputs/digits_sam outputs/digits_plain --output_dir outputs/landscape
   sam-hf landscape outputs/digits_sam outputs/digits_plain digits --directions between
+  sam-hf rho outputs/digits_plain --method asam
 """
 _DATA_HELP = (
     "DATA: a parquet, csv or json file, a folder, NAME[:CONFIG] on the Hub, or digits "
@@ -44,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Build the parser with the subcommands `sharpness` and `landscape`."""
+    """Build the parser with the subcommands `sharpness`, `landscape` and `rho`."""
     shared = _Parser(add_help=False)
     model = shared.add_argument("model", help="folder of a saved model or adapter, or Hub name")
     # Without the trailing slash that shell completion adds to folders.
@@ -59,14 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_column", help="column of the labels (default: label, labels or the only integers)")
     add("--image_column", help="column of the images (default: the first image column)")
     add = shared.add_argument_group("run").add_argument
-    add("--iterations", type=_positive, default=40, help="maximum number of Lanczos iterations")
     params_help = "weights to perturb: all, norms, matrices, or a regular expression on names"
     add("--params", default="all", help=params_help)
     add("--seed", type=_non_negative, default=0, help="random seed")
     add("--device", help="torch device (default: cuda if available, else cpu)")
-    add("--output_dir", help="output folder (default: outputs/landscape or outputs/sharpness/NAME)")
+    folder_help = "output folder (default: outputs/landscape, or outputs/COMMAND/NAME)"
+    add("--output_dir", help=folder_help)
     plugin_help = "module or .py file to import first, for example to register a model class"
     add("--plugin", action="append", default=[], metavar="MODULE", help=plugin_help)
+
+    iterations = _Parser(add_help=False)
+    iterations_help = "maximum number of Lanczos iterations"
+    iterations.add_argument("--iterations", type=_positive, default=40, help=iterations_help)
 
     description = "Measure the sharpness of the minimum that a saved model has reached."
     parser = _Parser(
@@ -74,9 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    add_command = partial(commands.add_parser, parents=[shared], formatter_class=_Formatter)
+    add_command = partial(commands.add_parser, formatter_class=_Formatter)
+    with_hessian = [shared, iterations]
 
-    sharpness = add_command("sharpness", help="sharpness measures of a model, as JSON")
+    command_help = "sharpness measures of a model, as JSON"
+    sharpness = add_command("sharpness", parents=with_hessian, help=command_help)
     sharpness.add_argument("data", nargs="?", help=_DATA_HELP)
     add = sharpness.add_argument_group("measures").add_argument
     add("--rho", type=float, default=0.05, help="radius of SAM's ball")
@@ -90,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     count("--trace_samples", default=10, help="samples of the Hessian trace; 0 disables it")
 
     command_help = "loss on a line or plane through the weights, as a plot and parquet"
-    landscape = add_command("landscape", help=command_help)
+    landscape = add_command("landscape", parents=with_hessian, help=command_help)
     more_help = f"MODEL2: another model, plotted next to MODEL; {_DATA_HELP}"
     landscape.add_argument("more", nargs="*", metavar="[MODEL2] [DATA]", help=more_help)
     add = landscape.add_argument_group("grid").add_argument
@@ -101,6 +108,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--points", type=partial(_integer, 2), default=21, help="number of points along each axis")
     span_help = "the axes range from -span to span; between models, from -span/2 to 1 + span/2"
     add("--span", type=float, default=1.0, help=span_help)
+
+    command_help = "gradient cosine and sharpness against SAM's radius, and a radius to train with"
+    rho = add_command("rho", parents=[shared], help=command_help)
+    rho.add_argument("data", nargs="?", help=_DATA_HELP)
+    add = rho.add_argument_group("radius").add_argument
+    add("--method", default="sam", help="sam or asam")
+    add("--eta", type=float, help="eta of ASAM (default: that of sam_eta)")
+    target_help = "cosine that the automatic radius holds (default: that of sam_target_cosine)"
+    add("--target_cosine", type=float, help=target_help)
+    rho_help = "radii to measure (default: nine, up to 16 times above and below the suggestion)"
+    add("--rho", type=float, nargs="+", help=rho_help)
     return parser
 
 

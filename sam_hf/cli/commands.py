@@ -3,8 +3,9 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,88 @@ import transformers
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..config import SAMConfig
+from ..config.checks import check_choice
 from ..config.file import replacing
 from ..diagnostics.landscape import scan
 from ..diagnostics.objective import Objective
 from ..diagnostics.planes import connecting_plane, eigenvector_plane, random_plane
-from ..diagnostics.plots import plot_landscapes
+from ..diagnostics.plots import plot_landscapes, plot_radius_curve
+from ..diagnostics.radius import METHODS, check_radii, count_passes, radius_curve
 from ..diagnostics.report import Plan, iter_measures
 from .data import DataOptions, load_batches
 from .models import default_data, import_plugin, is_saved_model, load_model
-from .output import table
+from .output import radius_table, suggestion, table
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Import the plugins and run the subcommand."""
     for plugin in arguments.plugin:
         import_plugin(plugin)
-    {"sharpness": _sharpness, "landscape": _landscape}[arguments.command](arguments)
+    commands = {"sharpness": _sharpness, "landscape": _landscape, "rho": _rho}
+    commands[arguments.command](arguments)
 
 
 def _sharpness(arguments: argparse.Namespace) -> None:
     plan = Plan(**_fields_of(Plan, arguments))
     arguments.data = arguments.data or default_data(arguments.model)
     objective = _objective(arguments, arguments.model)
-    folder = Path(arguments.output_dir or f"outputs/sharpness/{Path(arguments.model).name}")
+    file, result = _result(arguments, objective)
+    measures: dict[str, float] = {}
+    with tqdm(desc="measures", unit="") as bar:
+        for part in iter_measures(objective, plan):
+            measures |= part
+            result |= {"hessian_products": objective.products, "measures": measures}
+            _write(result, file)  # after each measure, so that an interrupt loses none
+            bar.set_postfix_str(next(iter(part)))
+            bar.update()
+    print(table(measures, vars(arguments), objective.example_count))
+    print(f"\nsaved in {file.parent}: {file.name}")
+
+
+def _rho(arguments: argparse.Namespace) -> None:
+    config = _sam_config(arguments)
+    arguments.data = arguments.data or default_data(arguments.model)
+    objective = _objective(arguments, arguments.model)
+    file, result = _result(arguments, objective)
+    batches, radii = len(objective.batches), arguments.rho
+    passes = count_passes(batches, radii)
+    limit = f"up to {passes} forward-backward passes, each over one of {batches} batches"
+    print(f"rho: {limit}", file=sys.stderr)
+    with tqdm(desc="rho", total=passes, unit="pass") as bar:
+        objective.on_batch = lambda work: bar.update()
+        curve = radius_curve(objective, config, radii)
+        bar.total = bar.n  # the search for the radii may take fewer
+    _write(result | asdict(curve), file)
+    name = Path(arguments.model).name
+    title = f"{name}: {config.sam_method.upper()}, {objective.example_count} examples"
+    plots = plot_radius_curve(curve, file.with_suffix(""), title=title)
+    print(radius_table(curve))
+    print(f"\nsaved in {file.parent}: {', '.join(f.name for f in (file, *plots))}")
+    print(suggestion(curve, vars(arguments)))
+
+
+def _sam_config(arguments: argparse.Namespace) -> SAMConfig:
+    """The options of `sam-hf rho` that are SAM's; errors name those of the command line."""
+    check_choice("--method", arguments.method, METHODS)
+    check_radii("--rho", arguments.rho or ())
+    given = {name: getattr(arguments, name) for name in ("method", "eta", "target_cosine")}
+    options = {f"sam_{name}": value for name, value in given.items() if value is not None}
+    try:
+        return SAMConfig(sam_rho=None, **options)
+    except ValueError as error:
+        raise ValueError(str(error).replace("sam_", "--", 1)) from error
+
+
+def _result(arguments: argparse.Namespace, objective: Objective) -> tuple[Path, dict[str, Any]]:
+    """Path of the JSON file of a command, and what is known before measuring.
+
+    Raises a ValueError if the file holds the measures of another model or of other data.
+    """
+    command = arguments.command
+    folder = Path(arguments.output_dir or f"outputs/{command}/{Path(arguments.model).name}")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "sharpness.json"
+    file = folder / f"{command}.json"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result = {
         "model": arguments.model,
@@ -55,18 +113,22 @@ def _sharpness(arguments: argparse.Namespace) -> None:
         if existing.get(key) != result[key]:
             found = f"holds the measures of {key} {existing.get(key)!r}, not {result[key]!r}"
             raise ValueError(f"{file} {found}: choose another --output_dir, or delete it")
-    measures: dict[str, float] = {}
-    with tqdm(desc="measures", unit="") as bar:
-        for part in iter_measures(objective, plan):
-            measures |= part
-            finite = {name: x if math.isfinite(x) else None for name, x in measures.items()}
-            result |= {"hessian_products": objective.products, "measures": finite}
-            with replacing(file) as partial:  # after each measure, so that an interrupt loses none
-                partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            bar.set_postfix_str(next(iter(part)))
-            bar.update()
-    print(table(measures, vars(arguments), objective.example_count))
-    print(f"\nsaved in {folder}: {file.name}")
+    return file, result
+
+
+def _write(result: Any, file: Path) -> None:
+    """Write JSON, with null for numbers that are not finite; the file is replaced atomically."""
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(_finite(result), indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Nested dictionaries and lists with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _landscape(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,11 @@
-"""The measures of `sam-hf sharpness` as a table: value, uncertainty and meaning."""
+"""The measures of `sam-hf sharpness` and `sam-hf rho` as tables."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from ..diagnostics.radius import RadiusCurve
 
 # Relative rounding of the loss in float32, with a margin.
 _ROUNDING = 1e-6
@@ -58,3 +60,36 @@ def table(measures: Mapping[str, float], options: Mapping[str, Any], examples: i
         rows.append((name, value, meaning))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{n:<{widths[0]}}  {v:<{widths[1]}}  {m}" for n, v, m in rows)
+
+
+def radius_table(curve: RadiusCurve) -> str:
+    """Loss at w, one line for each radius, and how to read the cosine."""
+    rounding = _ROUNDING * max(1.0, abs(curve.loss))
+    rows = [("rho", "cosine", "sharpness", "sharpness / loss", "|g_s| / |g|")]
+    for r in curve.readings:
+        share = r.sharpness / curve.loss if curve.loss else math.nan
+        is_rounding = abs(r.sharpness) < rounding
+        rises = ("about 0",) * 2 if is_rounding else map(_number, (r.sharpness, share))
+        rows.append((f"{r.rho:.3g}", _number(r.cosine), *rises, _number(r.growth)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    reading = (
+        "cosine near 1: e changes nothing; 0.7 to 0.95: usual; near 0: e breaks the updates\n"
+        "the automatic radius is limited by the cosine, or by |g_s| / |g| if that grows first"
+    )
+    return "\n".join([f"loss at w: {curve.loss:.4g}\n", *lines, f"\n{reading}"])
+
+
+def suggestion(curve: RadiusCurve, options: Mapping[str, Any]) -> str:
+    """One line: the options with the radius at which the automatic rule would settle."""
+    case = f"for target cosine {curve.target_cosine:g} and batch size {options['batch_size']}"
+    if curve.suggestion is None:
+        return f"no suggestion {case}: {curve.reason}"
+    method = f"--sam_method {options['method']}"
+    if options["method"] == "asam" and options["eta"] is not None:
+        method += f" --sam_eta {options['eta']:g}"
+    return f"suggestion {case}: {method} --sam_rho {curve.suggestion:.3g}"
+
+
+def _number(x: float) -> str:
+    return f"{x:.4g}" if math.isfinite(x) else "not finite"

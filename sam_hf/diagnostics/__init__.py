@@ -19,12 +19,14 @@ from .landscape import Landscape, read_landscape, scan, write_landscape
 from .numerics import Estimate
 from .objective import Objective
 from .planes import Plane, connecting_plane, eigenvector_plane, random_plane
-from .plots import plot_history, plot_landscapes
+from .plots import plot_history, plot_landscapes, plot_radius_curve
+from .radius import RadiusCurve, RadiusReading, radius_curve
 from .report import Plan, measure
 from .sharpness import Ball, average_sharpness, worst_sharpness
 
 __all__ = ["Ball", "Eigenpairs", "Estimate", "GradientNoise", "Landscape", "Objective", "Plan"]
-__all__ += ["Plane", "SharpnessCallback", "average_sharpness", "connecting_plane"]
-__all__ += ["eigenvector_plane", "gradient_noise", "hessian_trace", "measure"]
-__all__ += ["perturbation_budget", "plot_history", "plot_landscapes", "random_plane"]
-__all__ += ["read_landscape", "scan", "top_eigenpairs", "worst_sharpness", "write_landscape"]
+__all__ += ["Plane", "RadiusCurve", "RadiusReading", "SharpnessCallback", "average_sharpness"]
+__all__ += ["connecting_plane", "eigenvector_plane", "gradient_noise", "hessian_trace", "measure"]
+__all__ += ["perturbation_budget", "plot_history", "plot_landscapes", "plot_radius_curve"]
+__all__ += ["radius_curve", "random_plane", "read_landscape", "scan", "top_eigenpairs"]
+__all__ += ["worst_sharpness", "write_landscape"]

@@ -132,6 +132,19 @@ class Objective:
         """Gradient ∇L(w), with one tensor for each of `names`. Cost: one forward-backward pass."""
         return self._mean(self._derivative)
 
+    def value_and_gradient(self) -> tuple[float, list[Tensor]]:
+        """L(w) and ∇L(w). Cost: one forward-backward pass."""
+        losses: list[Tensor] = []
+
+        def derivative(loss: Tensor) -> list[Tensor]:
+            losses.append(loss.detach().double())
+            return self._derivative(loss)
+
+        gradient = self._mean(derivative)
+        weighted = zip(self.batch_sizes, losses, strict=True)
+        value = sum(size / self.example_count * float(loss) for size, loss in weighted)
+        return processes.total(value, self._device), gradient
+
     def batch_gradients(self) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield the size of each batch of this process, and the gradient of its mean loss."""
         for size, (_, batch) in zip(self.batch_sizes, self._weighted_batches(), strict=True):

@@ -1,4 +1,4 @@
-"""Plots of loss landscapes, and of sharpness during training."""
+"""Plots of loss landscapes, of sharpness during training, and of its dependence on rho."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from ..config.file import replacing
 from .landscape import Landscape
+from .radius import RadiusCurve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,6 +155,35 @@ def plot_history(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useOffset=False)
         axes.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, title)
+
+
+def plot_radius_curve(curve: RadiusCurve, path: Path, *, title: str | None = None) -> list[Path]:
+    """Plot gradient cosine and sharpness against rho, with the target and the suggested radius.
+
+    `path` and the result are those of `plot_landscapes`.
+    """
+    figure = _figure(8.4, 3.6)
+    cosines, sharpness = figure.subplots(1, 2, sharex=True)
+    radii = [reading.rho for reading in curve.readings]
+    options: Any = {"color": _COLOURS[0], "markersize": 4, "linewidth": 2}
+    cosines.plot(radii, [reading.cosine for reading in curve.readings], "o-", **options)
+    target = f"target {curve.target_cosine:g}"
+    cosines.axhline(curve.target_cosine, color=_COLOURS[1], linestyle="--", label=target)
+    cosines.set(ylabel="cosine of g and g_s", ylim=(None, 1.02))
+    rises = [reading.sharpness for reading in curve.readings]
+    sharpness.plot(radii, rises, "o-", **options)
+    sharpness.set_ylabel("sharpness L(w + e) - L(w)")
+    if all(0 < rise < math.inf for rise in rises):
+        sharpness.set_yscale("log")
+    for axes in (cosines, sharpness):
+        if curve.suggestion is not None:
+            label = f"suggestion {curve.suggestion:.3g}"
+            axes.axvline(curve.suggestion, color=_COLOURS[2], linestyle="-.", label=label)
+        axes.set(xlabel="rho", xscale="log")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = cosines.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return _save(figure, path, title)
 
 

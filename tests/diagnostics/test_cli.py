@@ -30,11 +30,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from sam_hf import __version__, cli
+from sam_hf import SAMConfig, __version__, cli
 from sam_hf.cli.data import DataOptions, load_batches
 from sam_hf.cli.models import load_model
 from sam_hf.cli.output import table
-from sam_hf.diagnostics import Ball, Objective, read_landscape, worst_sharpness
+from sam_hf.diagnostics import Ball, Objective, radius_curve, read_landscape, worst_sharpness
 
 QUICK = ["--examples", "24", "--batch_size", "8"]
 FEW = [*QUICK, "--steps", "2", "--samples", "2", "--iterations", "3", "--trace_samples", "2"]
@@ -101,6 +101,75 @@ def test_the_sharpness_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_
     printed = capsys.readouterr()
     assert "worst_sharpness" in printed.out and "sharpness.json" in printed.out
     assert "hessian_eigenvalue " in printed.out and "_error" not in printed.out
+
+
+@pytest.mark.parametrize("method", ["sam", "asam"])
+def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, capsys, method):
+    folder = tmp_path / "out"
+    options = [*QUICK, "--method", method, "--target_cosine", "0.8", "--output_dir", str(folder)]
+    assert cli.main(["rho", vit, *options]) == 0
+    assert {f.name for f in folder.iterdir()} == {"rho.json", "rho.png", "rho.svg"}
+    result = json.loads((folder / "rho.json").read_text())
+    model = load_model(vit)
+    objective = Objective(model, load_batches(DataOptions(examples=24, batch_size=8), model))
+    config = SAMConfig(sam_rho=None, sam_method=method, sam_target_cosine=0.8)
+    expected = radius_curve(objective, config)
+    assert result["suggestion"] == pytest.approx(expected.suggestion, rel=1e-4)
+    assert result["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert [r["cosine"] for r in result["readings"]] == pytest.approx(
+        [r.cosine for r in expected.readings], rel=1e-3
+    )
+    assert result["examples"] == 24 and result["reason"] == ""
+    told = capsys.readouterr()
+    assert "up to 46 forward-backward passes" in told.err and "rho: 100%" in told.err
+    lines = told.out.splitlines()
+    assert lines[0] == f"loss at w: {expected.loss:.4g}" and lines[2].split()[:2] == [
+        "rho",
+        "cosine",
+    ]
+    assert len(lines[3].split()) == 5 or "about 0" in lines[3]
+    assert lines[-1] == (
+        "suggestion for target cosine 0.8 and batch size 8: "
+        f"--sam_method {method} --sam_rho {expected.suggestion:.3g}"
+    )
+    words = ["rho", vit, *options, "--rho", "1e-9", "1e-8"]
+    assert cli.main(words) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("no suggestion for target cosine 0.8 and batch size 8: the rule would")
+    assert len(json.loads((folder / "rho.json").read_text())["readings"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rho", "0.1", "-1"], "--rho=-1.0 is not allowed. Allowed: a finite number > 0."),
+        (["--rho", "x"], "argument --rho: invalid float value: 'x'"),
+        (["--target_cosine", "1"], "--target_cosine=1.0 is not allowed. Allowed: a number above 0"),
+        (
+            ["--eta", "-1", "--method", "asam"],
+            "--eta=-1.0 is not allowed. Allowed: a finite number",
+        ),
+        (
+            ["--method", "asma"],
+            "--method='asma' is not allowed. Allowed: one of 'sam', 'asam'. Did you mean 'asam'?",
+        ),
+        (["--target_cosin", "x"], "argument --target_cosine: invalid float value: 'x'"),
+        (["--targte_cosine", "0.9"], "Did you mean --target_cosine?"),
+        (["--iterations", "3"], "unrecognized arguments: --iterations 3"),
+        (["--params", "nose"], "params='nose' selects no trainable"),
+        (["--output_dir", "taken"], "holds the measures of model 'other'"),
+    ],
+)
+def test_misuse_of_rho_is_one_line(vit, tmp_path, capsys, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "rho.json").write_text(json.dumps({"model": "other"}))
+    try:
+        code = cli.main(["rho", vit, *QUICK, *options])
+    except SystemExit as error:
+        code = error.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2 and len(lines) == 1 and said in lines[0]
 
 
 def test_two_models_lie_side_by_side_on_one_scale(vit, tmp_path, capsys):
@@ -437,7 +506,7 @@ def test_the_version_and_the_defaults_are_told(capsys):
     command = [sys.executable, "-m", "sam_hf", "--version"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"sam-hf {__version__}\n"
-    for command in ("sharpness", "landscape"):
+    for command in ("sharpness", "landscape", "rho"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         told = " ".join(capsys.readouterr().out.split())
