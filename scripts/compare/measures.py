@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from common.data import draw
 from scipy.special import log_softmax
 from sklearn.metrics import matthews_corrcoef
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from sam_hf.diagnostics import Objective, Plan, measure
 
@@ -56,6 +56,20 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
+class RadiusMeter(TrainerCallback):
+    """The automatic radius after each update of a `SAMTrainer`, which drops it in the end."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self.values = trainer, list[float]()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.values.append(float(self._trainer._sam_training.engine.radius.rho))
+
+    def record(self) -> dict[str, float | None]:
+        """The last radius and the median over the updates."""
+        return {"rho_final": finite(self.values[-1]), "rho_median": finite(median(self.values))}
+
+
 def measure_model(trainer: Trainer, task: Any, spec: Any, with_sharpness: bool) -> dict[str, Any]:
     """The part of a run's record that needs the final model. None for what is not finite.
 
@@ -63,7 +77,7 @@ def measure_model(trainer: Trainer, task: Any, spec: Any, with_sharpness: bool) 
     """
     trainer.args.dataloader_drop_last = False  # every example is scored
     found = trainer.evaluate()
-    names = dict.fromkeys(("accuracy", task.metric, "ece", "nll"))
+    names = dict.fromkeys(task.measures)
     record: dict[str, Any] = {name: finite(found[f"eval_{name}"]) for name in names}
     if spec.tuned_rho is not None:
         return record

@@ -167,6 +167,32 @@ def draw_sharpness(comparison: Any, file: Path) -> bool:
     return True
 
 
+def draw_radius(rows: Sequence[Any], ways: Sequence[str], title: str, file: Path) -> None:
+    """Save a picture of each way's gain over plain training, the first of `ways`, on each task."""
+    styles = dict(zip(ways, [PLAIN_STYLE, *STYLES], strict=False))
+    figure, axes = plt.subplots(figsize=(9, 1.9 + 0.5 * len(rows)), layout="constrained")
+    for i, (way, (color, marker)) in enumerate(styles.items()):
+        gains = [row.gain(way) for row in rows]
+        y = np.arange(len(rows)) + 0.7 * ((i + 0.5) / len(styles) - 0.5)
+        x = [gain.value for gain in gains]
+        half = [gain.half_width if gain.is_bounded else 0.0 for gain in gains]
+        style = {"fmt": marker, "color": color, "capsize": 2.5, "elinewidth": 1.4, "ms": 6}
+        axes.errorbar(x, y, xerr=half, **style)
+    axes.axvline(0, color=PLAIN_STYLE[0], linewidth=1)
+    # Runs that a radius has ruined lose ten times what others gain.
+    axes.set_xscale("symlog", linthresh=5, linscale=1.2)
+    left, right = axes.get_xlim()
+    ticks = [-100, -50, -20, -10, -5, -2, 0, 2, 5, 10, 20, 50, 100]
+    axes.set_xticks([tick for tick in ticks if left <= tick <= right], minor=False)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_xlabel("Gain over plain training (95 % interval): points, or of a series % of the MSE")
+    _save(figure, file, title, [_mark(way, *style) for way, style in styles.items()])
+
+
 def _half(gain: Any) -> float:
     return 100 * gain.half_width if gain.is_bounded else 0.0
 

@@ -208,7 +208,7 @@ class Comparison:
         own, ours, plain = (self.values(self.metric, n) for n in (name, self.reference, PLAIN))
         return share((own - plain).mean(0), (ours - plain).mean(0))
 
-    def rho(self, name: str) -> float | None:
+    def rho(self, name: str) -> float | str | None:
         options = self.recipes[name].get("options", {})
         return options.get("sam_rho", options.get("rho"))
 
@@ -273,11 +273,11 @@ def main_table(comparison: Comparison) -> str:
             median, low, high = (f"{t:.2f}" for t in comparison.time(name))
             costs = [median if low == high else f"{median} ({low} to {high})"]
             costs.append(f"{comparison.memory(name):.2f}")
-        line = [name, "-" if rho is None else f"{rho:g}"]
+        line = [name, "-" if rho is None else str(rho)]
         line += [comparison.contrast(name, level).value.show() for level in levels]
         line += ["-", "-", "-"] if name == PLAIN else gains
         lines.append([*line, f"{fmean(comparison.passes(name)):.2f}", *costs])
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def gain_table(comparison: Comparison) -> str:
@@ -293,7 +293,7 @@ def gain_table(comparison: Comparison) -> str:
                 scores = (at.value, at.plain, at.longer)
                 line = [in_words(level), name, *(score.show() for score in scores)]
             lines.append([*line, at.gain.show_signed(), at.equal_gain.show_signed()])
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def measures_table(comparison: Comparison) -> str:
@@ -307,10 +307,11 @@ def measures_table(comparison: Comparison) -> str:
                 gains = ["-", "-"] if name == PLAIN else gains
                 lines.append([words, name, of.value.show(digits), *gains])
     head = ["measure", "recipe", "mean", "difference to plain", "difference, equal passes"]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     rows = [head, ["-" * width for width in widths], *lines]
     return "\n".join(

@@ -88,7 +88,11 @@ class ResultsFile:
 
 def read_results(path: Path) -> dict[str, Any]:
     """The content of a results file; an InputError if it is none."""
-    content = _read_json(path, "the results file")
+    return check_results(read_json(path, "the results file"), path)
+
+
+def check_results(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content; an InputError if it is not that of a results file."""
     parts = {"settings": dict, "recipes": dict, "runs": list}
     if not all(isinstance(content.get(name), kind) for name, kind in parts.items()):
         raise InputError(f"{path} is not a results file: it has no settings, recipes and runs")
@@ -98,7 +102,7 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -158,7 +162,7 @@ def read_rho_file(file: Path, tried: ResultsFile | None = None) -> dict[str, Any
     """
     if not file.exists():
         return {}
-    content = _read_json(file, "--rho_file")
+    content = read_json(file, "--rho_file")
     if not isinstance(content.get("best"), dict):
         raise InputError(f"--rho_file {str(file)!r} was not written by --tune: it has no `best`")
     head = ("settings", "versions")

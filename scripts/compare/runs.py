@@ -1,9 +1,10 @@
-"""The runs of `compare_methods.py`: one, many at a time, all of a comparison, and their costs."""
+"""The runs of a comparison: one, many at a time, all of them, and their costs."""
 
 from __future__ import annotations
 
 import gc
 import io
+import math
 import multiprocessing
 import random
 import tempfile
@@ -18,7 +19,8 @@ import torch
 from benchmarks.benchmark_utils import Clock, peak_memory
 from common.runs import ComputeMeter
 from compare.arguments import TUNING_SEEDS
-from compare.measures import finite, measure_model, scores
+from compare.forecasting import ForecastingOptions, ForecastingTask
+from compare.measures import RadiusMeter, finite, measure_model, scores
 from compare.recipes import PLAIN, Recipe, RecipeBook
 from compare.report import plain_length
 from compare.results import ResultsFile, RunSpec, conclude_search, read_rho_file
@@ -32,6 +34,12 @@ from sam_hf import SAMConfig, SAMTrainer
 
 MEMORY_UPDATES = 16  # enough for recipes that perturb late or rarely
 Wanted = Sequence[tuple[Recipe, RunSpec]]
+
+
+def task_of(options: Any) -> Task | ForecastingTask:
+    """The task of the options, which are `Options` or `ForecastingOptions`."""
+    is_forecasting = isinstance(options, ForecastingOptions)
+    return ForecastingTask(options) if is_forecasting else build_task(options)
 
 
 def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) -> None:
@@ -88,12 +96,15 @@ def build_trainer(
     train, scored = task.sets(spec.level, spec.seed, is_tuning=spec.tuned_rho is not None)
     training, loaders = dict(task.training), options.dataloader_num_workers
     epochs, batch = training.pop("num_train_epochs"), training["per_device_train_batch_size"]
+    # The gradient of a few remaining examples would be noise.
+    drop_last = training.pop("dataloader_drop_last", True)
     if updates is None:
-        updates = round(spec.length * epochs * (len(train) // batch))
+        of_epoch = len(train) // batch if drop_last else math.ceil(len(train) / batch)
+        updates = round(spec.length * epochs * of_epoch)
     args = TrainingArguments(
         output_dir=folder,
         max_steps=updates,
-        dataloader_drop_last=True,  # the gradient of a few remaining examples would be noise
+        dataloader_drop_last=drop_last,
         per_device_eval_batch_size=task.eval_batch,
         seed=spec.seed,
         **{f"{what}_strategy": "no" for what in ("logging", "eval", "save")},
@@ -108,7 +119,7 @@ def build_trainer(
     )
     kwargs: dict[str, Any] = {"model": task.model(spec.seed), "args": args}
     kwargs |= {"train_dataset": train, "eval_dataset": scored, "compute_metrics": scores}
-    kwargs["processing_class"] = task.processor
+    kwargs |= {"processing_class": task.processor, **task.trainer_options}
     if recipe.trainer == PLAIN:
         trainer = Trainer(**kwargs)
     elif recipe.trainer == "sam_hf":
@@ -123,8 +134,13 @@ def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[
     """Train, score and measure the final model; the record of the run."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(recipe, task, spec, options, folder)
+        is_automatic = isinstance(trainer, SAMTrainer) and trainer.sam_config.sam_rho is None
+        radius = RadiusMeter(trainer) if is_automatic else None
+        if radius is not None:
+            trainer.add_callback(radius)
         meter, clock, loss = train_quietly(trainer)
         measures = measure_model(trainer, task, spec, options.sharpness)
+        measures |= radius.record() if radius is not None else {}
     return {
         **asdict(spec),
         **measures,
@@ -153,7 +169,8 @@ def run_all(wanted: Wanted, task: Task, options: Any, file: ResultsFile, what: s
     with tqdm(total=len(wanted), initial=done, desc=what, unit="run", smoothing=0) as bar:
         for record in _records(pending, task, options):
             file.add(record)
-            bar.set_postfix_str(f"{record['recipe']}, {record['level']}: {record[task.metric]:.3f}")
+            score = "-" if record[task.metric] is None else f"{record[task.metric]:.3f}"
+            bar.set_postfix_str(f"{record['recipe']}, {record['level']}: {score}")
             bar.update()
 
 
@@ -180,7 +197,7 @@ def _prepare_worker(options: Any) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(options.torch_num_threads)
-    _worker.update(options=options, task=build_task(options))
+    _worker.update(options=options, task=task_of(options))
 
 
 def _train_in_worker(recipe: Recipe, spec: RunSpec) -> dict[str, Any]:

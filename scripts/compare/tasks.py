@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -82,6 +82,13 @@ class Task:
     levels: dict[str, Level] = field(default_factory=dict)
     metric: str = "accuracy"
     eval_batch: int = 512
+    lower_is_better = False
+    trainer_options: ClassVar[dict[str, Any]] = {}  # in addition to those of every task
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What is recorded of each final model, keys of what the trainer's evaluation returns."""
+        return "accuracy", self.metric, "ece", "nll"
 
     @property
     def kind(self) -> str:
