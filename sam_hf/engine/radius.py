@@ -33,10 +33,11 @@ class AutomaticRadius:
     which e lengthens and hardly turns, and the cosine alone would let rho grow until e undoes every
     step that leads away.
 
-    One reading moves rho by a factor of 1.5 at most (k = 0.1), so that it follows the mean of about
-    ten updates. In scope `micro_batch` each g_s is compared with its own g, and the logarithms are
-    averaged over the micro-batches and processes of the update. A reading that is not finite does
-    not count. rho stays on the device, and is saved with the state of the method.
+    Every fourth update is read, and moves rho by a factor of e at most (k = 1/4), so that rho
+    follows the mean of about 16 updates. In scope `micro_batch` each g_s is compared with its own
+    g, and the logarithms are averaged over the micro-batches and processes of the update. A reading
+    that is not finite does not count. rho stays on the device, and is saved with the state of the
+    method.
 
     Args:
         target_cosine: c, above 0 and below 1.
@@ -45,7 +46,8 @@ class AutomaticRadius:
     """
 
     START = 0.01
-    GAIN = 0.1  # k
+    GAIN = 0.25  # k
+    EVERY = 4  # updates: a reading costs passes over the weights
     LIMIT = 4.0  # of a logarithm
     GROWTH = 0.5
 
@@ -65,6 +67,10 @@ class AutomaticRadius:
     @property
     def _rho(self) -> Tensor:
         return self._state.get(_SLOT, {}).get("rho", self._start)
+
+    def reads(self, update: int, interval: int) -> bool:
+        """Whether an update is read: of those that are perturbed, one in EVERY updates."""
+        return update // interval % max(self.EVERY // interval, 1) == 0
 
     def add(self, cosine: Tensor, growth: Tensor) -> None:
         """Take the reading of one scope: cos(g, g_s) and |g_s| / |g|, 0-dimensional tensors."""

@@ -23,7 +23,7 @@ from .perturbation import HALF, Perturbation, step_size
 from .radius import AutomaticRadius
 from .random_state import RandomState
 from .recorder import CallRecorder, RecordedCall
-from .schedule import GradientNormTrigger
+from .schedule import GradientNormTrigger, interval_of
 from .state import StateTracker, always_restore, call_and_restore
 
 
@@ -109,14 +109,8 @@ class UpdateEngine:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._tracker, self._seed = tracker, seed
         self._each_alone = config.sam_scope == "micro_batch"
-        self._is_automatic = config.sam_rho is None
-        # A g_s that the processes have reduced has no angle to the g of one of them.
-        layout.defers_reduction = (
-            self._is_automatic
-            and self._each_alone
-            and layout.processes > 1
-            and layout.can_defer_reduction
-        )
+        self._interval = interval_of(config)
+        self._is_read = False  # whether the automatic radius reads this update
         self._chosen: tuple[int, dict[str, Any], list[Tensor]] | None = None
         self._has_seen_gradient = self._has_warned_of_rounding = False
         self._passes = 0.0
@@ -142,6 +136,10 @@ class UpdateEngine:
         if self.micro_batches == 0:
             self._begin_update()
         self._rho = self.combiner.rho = self.radius.rho if batch.rho is None else batch.rho
+        self._is_read = batch.rho is None and self.radius.reads(batch.update, self._interval)
+        # A g_s that the processes have reduced has no angle to the g of one of them.
+        is_own = self._each_alone and self.layout.processes > 1
+        self.layout.defers_reduction = self._is_read and is_own and self.layout.can_defer_reduction
         before = self.micro_batches, self._passes
         self.latest_ascent_cost, self.has_replayed = 0.0, False
         try:
@@ -178,7 +176,7 @@ class UpdateEngine:
     def _end_update(self, batch: MicroBatch) -> None:
         if batch.rho != 0 and batch.is_measured():
             self.metrics.set(rho=torch.as_tensor(self._rho, dtype=self.layout.accumulate_in))
-        if batch.rho is None:
+        if self._is_read:
             is_own = self.layout.defers_reduction
             self.radius.finish(self.layout.sum_over_processes if is_own else None)
             if is_own:
@@ -379,7 +377,7 @@ class UpdateEngine:
 
         Without a perturbed parameter w + e is w.
         """
-        self._require_no_foreign(self.method.combines or self._is_automatic)
+        self._require_no_foreign(self.method.combines or self._is_read)
         if not self._finds_all_state:
             warnings.warn(
                 "A large tensor or a long list that the trainer or a module holds was written for "
@@ -399,7 +397,7 @@ class UpdateEngine:
         count, recorded = len(calls), sum(call.random_state is not None for call in calls)
 
         def restore() -> None:
-            if is_logged or (perturbed and self._is_automatic):
+            if is_logged or (perturbed and self._is_read):
                 self._measure(perturbed, perturbation, is_logged, kept, is_mixed)
             perturbation.restore()
 
@@ -549,13 +547,13 @@ class UpdateEngine:
         parameters = list(perturbed.values())
         dot = self.layout.dot_over(parameters)
         grads = self.layout.gradients(parameters)
-        if is_logged or self._is_automatic:
+        if is_logged or self._is_read:
             self._ascent_norm = dot(grads, grads).sqrt()
         if is_logged:
             self.metrics.set(ascent_grad_norm=self.layout.unscaled(self._ascent_norm))
         # The angle between g and g_s needs g, which most methods find again in e, if e is exact.
         is_lost = not self.method.recovers_gradient or self.layout.has_half_weights
-        kept = [g.clone() for g in grads] if self._is_automatic and is_lost else None
+        kept = [g.clone() for g in grads] if self._is_read and is_lost else None
         if self.method.remembers_gradients:
             grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
             self.layout.unscale_(grads)
@@ -634,5 +632,5 @@ class UpdateEngine:
             cosine, squared_norm = readings
             if is_logged:
                 self.metrics.set(grad_cosine=cosine)
-            if self._is_automatic:
+            if self._is_read:
                 self.radius.add(cosine, squared_norm.sqrt() / self._ascent_norm)

@@ -69,8 +69,8 @@ class ASAM(Method):
             t_squared = list(torch._foreach_abs([weights[i] for i in positions]))
             torch._foreach_add_(t_squared, self.eta)
             torch._foreach_mul_(t_squared, t_squared)
-            # Where T is 0, e is 0 and g is unknown: 0 / tiny counts as 0.
-            torch._foreach_clamp_min_(t_squared, torch.finfo(t_squared[0].dtype).tiny)
+            if not self.eta:  # where T is 0, e is 0 and g is unknown: 0 / tiny counts as 0
+                torch._foreach_clamp_min_(t_squared, torch.finfo(t_squared[0].dtype).tiny)
             torch._foreach_div_([perturbation[i] for i in positions], t_squared)
         return perturbation
 

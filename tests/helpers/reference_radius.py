@@ -2,9 +2,9 @@
 
     log rho += k * log min(tan(acos c) / tan(theta), m / (|g_s| / |g| - 1 - a * tan(theta)))
 
-with theta the angle between g and g_s, averaged over the perturbations of the update. The second
-term counts where it is positive. The angle is at most that of the cosine exp(-4), and a logarithm
-is between -4 and 4.
+in every fourth update, with theta the angle between g and g_s, averaged over the perturbations of
+the update. The second term counts where it is positive. The angle is at most that of the cosine
+exp(-4), and a logarithm is between -4 and 4.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from reference_sam import Readings
 
-START, K, M, A, LIMIT = 0.01, 0.1, 0.5, 1.0, 4.0
+START, K, EVERY, M, A, LIMIT = 0.01, 0.25, 4, 0.5, 1.0, 4.0
 
 
 def next_rho(rho: float, readings: Sequence[Readings], target: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from reference_optimizers import clip_by_global_norm
-from reference_radius import START, next_rho
+from reference_radius import EVERY, START, next_rho
 from reference_sam import sam_step
 from tiny import (
     assert_same_bits,
@@ -80,10 +80,10 @@ def by_the_twin(
     rho = START if rho is None else rho
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, w = list(trained), [p.detach().clone() for p in trained.values()]
-    for shares in updates:
+    for number, shares in enumerate(updates):
         as_lists = [lambda w, f=f: f(dict(zip(names, w, strict=True))) for f in shares]
         g_s, readings = step(w, as_lists, rho, **options)
-        if is_automatic:
+        if is_automatic and number % EVERY == 0:
             rho = next_rho(rho, readings, target)
         g_s = clip_by_global_norm(g_s, clip)[0] if clip else g_s
         w = [w_i if g_i is None else w_i - 0.1 * g_i for w_i, g_i in zip(w, g_s, strict=True)]

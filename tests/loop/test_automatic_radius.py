@@ -11,7 +11,7 @@ import torch
 from loops import KINDS, Loop
 from method_twins import windows
 from reference_asam import asam_step
-from reference_radius import START, log_factor
+from reference_radius import START, K, log_factor
 from reference_sam import Readings, sam_step
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import nn
@@ -19,7 +19,7 @@ from twin_runs import by_the_twin, means
 
 from sam_hf import SAM, SAMConfig
 
-UPDATES = 25
+UPDATES = 41
 AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.8}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_scope = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
@@ -128,7 +128,7 @@ def test_one_reading_moves_the_radius_as_the_formula_says(cosine, growth):
     radius = SAM(*small(), SAMConfig(sam_rho=None))._engine.radius
     radius.add(torch.tensor(cosine), torch.tensor(growth))
     radius.finish(None)
-    expected = START * math.exp(0.1 * log_factor(reading(cosine, growth), 0.85))
+    expected = START * math.exp(K * log_factor(reading(cosine, growth), 0.85))
     assert float(radius.rho) == pytest.approx(expected, rel=1e-3)
 
 
@@ -141,7 +141,7 @@ def test_a_reading_that_is_not_finite_does_not_count(cosine, growth):
     radius.add(torch.tensor(0.5), torch.tensor(1.0))
     radius.add(torch.tensor(cosine), torch.tensor(growth))
     radius.finish(None)
-    expected = START * math.exp(0.1 * log_factor(reading(0.5, 1.0), 0.85))
+    expected = START * math.exp(K * log_factor(reading(0.5, 1.0), 0.85))
     assert float(radius.rho) == pytest.approx(expected, rel=1e-5)
 
 
