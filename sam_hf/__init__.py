@@ -43,7 +43,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    except AttributeError as error:  # which Python would take for "no attribute" of this module
+        raise ImportError(f"{__name__}.{_MODULES[name]} cannot be imported: {error}") from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@
 A table stands below a line `<!-- table: FILE KIND -->`. FILE is the name of a
 file of docs/ without its ending, a `results.json` of `compare_methods.py`; KIND is `main` (scores,
 gains, costs), `gain` (gains at each level) or `measures` (calibration, corrupted images,
-sharpness).
+sharpness). Of a `results.json` of `compare_radius.py` it is `radius`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from compare import radius
 from compare.report import Comparison, gain_table, main_table, measures_table
 from compare.results import read_results
 
@@ -34,11 +35,15 @@ def with_tables(text: str, folder: Path) -> str:
     def table(place: re.Match[str]) -> str:
         mark, name, kind = place.group(1, 2, 3)
         file = folder / f"{name}.json"
-        if kind not in TABLES or not file.exists():
+        if kind not in (*TABLES, "radius") or not file.exists():
             raise ValueError(
                 f"{mark.strip()}: there must be a file {file.name} in {folder.name}/, and the kind "
-                f"must be one of {', '.join(TABLES)}"
+                f"must be one of {', '.join(TABLES)}, radius"
             )
+        if kind == "radius":
+            tasks = radius.read_study(file, None).items()
+            rows = [row for name, content in tasks for row in radius.rows(name, content)]
+            return f"{mark}{radius.table(rows)}\n"
         comparison = Comparison(read_results(file), "sam")
         if comparison.notes:
             raise ValueError(f"{file.name}: {comparison.notes[0]}: finish them, or remove them")

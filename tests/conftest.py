@@ -12,7 +12,13 @@ import pytest
 import torch
 from accelerate.utils import imports
 from slow import RUN_SLOW, WITHOUT_SLOW, is_slow
-from transformers import set_seed
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments, set_seed
+
+if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers < 5.2
+    Trainer._get_train_sampler = lambda self, dataset=None: SequentialSampler(
+        self.train_dataset if dataset is None else dataset
+    )
 
 # Models of a hundred weights spend their time in waiting for a second thread.
 torch.set_num_threads(1)

@@ -53,7 +53,7 @@ class SAMConfig:
         "'auto' (None in Python): found in the run, by sam_target_cosine.",
     )
     sam_target_cosine: float = _option(
-        0.85, "Automatic radius: cosine of the gradients at w and w + e that rho is to hold."
+        0.8, "Automatic radius: cosine of the gradients at w and w + e that rho is to hold."
     )
     sam_method: str = _option("sam", f"How the perturbation is made: {', '.join(METHODS)}.")
     sam_method_args: dict[str, Any] | str | None = field(

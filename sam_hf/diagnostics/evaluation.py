@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import precision_settings
 from ..engine.random_state import RandomState
 from ..engine.state import always_restore, patched
 
-# The global precision setting first, since those of single operations may inherit from it.
 _CUDNN: Any = torch.backends.cudnn
-_SETTINGS: Any = (torch.backends, _CUDNN, _CUDNN.conv, _CUDNN.rnn, torch.backends.cuda.matmul)
 
 
 def preserved_random_state(device: torch.device) -> AbstractContextManager[None]:
@@ -28,11 +27,11 @@ def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
     recurrent kernels of cuDNN support a backward pass only in training mode.
     """
     with ExitStack() as undo:
-        for setting in _SETTINGS if device.type == "cuda" else ():
+        for setting, name, exact in precision_settings() if device.type == "cuda" else ():
             # One that inherits the new value is not written, so that it inherits afterwards too.
-            if setting.fp32_precision != "ieee":
-                undo.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
-                setting.fp32_precision = "ieee"
+            if (found := getattr(setting, name)) != exact:
+                undo.callback(setattr, setting, name, found)
+                setattr(setting, name, exact)
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             undo.callback(setattr, _CUDNN, "enabled", _CUDNN.enabled)
             _CUDNN.enabled = False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ..compat import reset_fsdp
 from ..methods import Dot
 from .ddp import DDPLayout
 
@@ -79,7 +80,7 @@ class FSDP2Layout(DDPLayout):
         # What a pass has gathered, or has started to gather, is w + e.
         outermost = next((m for m in self._model.modules() if isinstance(m, FSDPModule)), None)
         if outermost is not None:
-            outermost.reset_iter_state()
+            reset_fsdp(outermost)
 
     def local(self, weights: Sequence[Tensor]) -> list[Tensor]:
         return [w.to_local().detach() if isinstance(w, DTensor) else w for w in weights]

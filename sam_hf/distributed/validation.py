@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -14,6 +15,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
+from ..compat import supports_fsdp2
 from ..config import SAMConfig
 from ..engine.parameters import select_parameters, sparse_parameters
 
@@ -190,6 +192,8 @@ def _validate_common(
 
 
 def _validate_parameters(model: nn.Module, config: SAMConfig, is_sharded: bool) -> None:
+    if is_sharded and not supports_fsdp2():
+        _refuse(f"Sharded weights need torch 2.11 or later, and this is torch {torch.__version__}")
     if config.build_method().needs_adapters and is_sharded:
         _refuse(
             f"sam_method={config.sam_method!r} needs whole adapters, and FSDP and tensor "

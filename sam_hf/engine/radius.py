@@ -26,12 +26,12 @@ class AutomaticRadius:
 
     .. math:: \log \rho \leftarrow \log \rho + k \, \log \min\left(
               \frac{\tan(\arccos c)}{\tan\theta}, \;
-              \frac{1/2}{|g_s| / |g| - 1 - \tan\theta} \right)
+              \frac{1}{|g_s| / |g| - 1 - \tan\theta} \right)
 
-    The second term, which counts where it is positive, allows g_s to be longer than g by half more
-    than it turns. A model that has not begun to learn needs it: there g is the noise of the batch,
-    which e lengthens and hardly turns, and the cosine alone would let rho grow until e undoes every
-    step that leads away.
+    The second term counts where it is positive: |g_s| / |g| may be 2, and more where g_s turns. A
+    model that has not begun to learn needs it: there g is the noise of the batch, which e lengthens
+    and hardly turns, and the cosine alone would let rho grow until e undoes every step that leads
+    away.
 
     Every fourth update is read, and moves rho by a factor of e at most (k = 1/4), so that rho
     follows the mean of about 16 updates. In scope `micro_batch` each g_s is compared with its own
@@ -49,7 +49,6 @@ class AutomaticRadius:
     GAIN = 0.25  # k
     EVERY = 4  # updates: a reading costs passes over the weights
     LIMIT = 4.0  # of a logarithm
-    GROWTH = 0.5
 
     def __init__(
         self, target_cosine: float, state: State, device: torch.device, dtype: torch.dtype
@@ -79,8 +78,7 @@ class AutomaticRadius:
     def correction(self, cosine: Tensor, growth: Tensor) -> Tensor:
         """Logarithm of the factor to the radius at which the target would be met."""
         turn = cosine.clamp(math.exp(-self.LIMIT), 1).square().reciprocal().sub(1).sqrt()
-        excess = (growth - 1 - turn) / self.GROWTH
-        return -torch.maximum(turn / self._turn, excess).log()
+        return -torch.maximum(turn / self._turn, growth - 1 - turn).log()
 
     def discard(self) -> None:
         """Forget the readings of an update that was not completed."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..compat import saves_within_updates
 from ..distributed import layout_for, reshard
 from ..distributed.validation import can_cut_micro_batches, overrides, why_not_deferred
 from ..engine.method_state import MethodStateCheckpoint
@@ -125,7 +126,7 @@ class TrainingState:
         if self.engine.micro_batches == 0:
             self._ascent_flos = 0.0
             self.calls.loss_scale.start_update()
-            if trainer.args.enable_jit_checkpoint:
+            if saves_within_updates(trainer.args):
                 self.method_state.keep(update)
         self._flos_are_due = True
         rho = rho_at(config, update, total, share)

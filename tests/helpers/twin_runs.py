@@ -69,7 +69,7 @@ def by_the_twin(
     rho: float | None = RHO,
     clip: float = 0.0,
     step: Any = sam_step,
-    target: float = 0.85,
+    target: float = 0.8,
     **options: Any,
 ) -> dict[str, Tensor]:
     """SGD on g_s of the float64 twin. Each update is a list of functions of the parameters.

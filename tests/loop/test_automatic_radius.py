@@ -20,7 +20,7 @@ from twin_runs import by_the_twin, means
 from sam_hf import SAM, SAMConfig
 
 UPDATES = 41
-AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.8}
+AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.85}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_scope = pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 
@@ -37,7 +37,7 @@ def test_a_loop_has_the_weights_of_the_twin(method, steps, scope, kind):
     model, rows = Classifier(), examples(36).rows
     updates = windows(rows, 3, steps, UPDATES)
     step = functools.partial(asam_step, eta=0.2) if method == "asam" else sam_step
-    options = {"target": 0.8, "step": step, "scope": scope}
+    options = {"target": 0.85, "step": step, "scope": scope}
     expected = by_the_twin(model, means(model, updates), None, **options)
     sam = {**AUTO, "sam_method": method, "sam_scope": scope}
     loop = Loop(kind, model, sam | ({"sam_eta": 0.2} if method == "asam" else {}), steps)
@@ -88,7 +88,7 @@ def test_every_method_with_two_passes_reaches_the_target(method):
         found = sam.metrics()
     assert found["sam_rho"] == pytest.approx(radius_of(sam), rel=0.5)  # esam chooses anew
     cosine = found.get("sam_grad_cosine")
-    assert cosine is None or 0.8 < cosine < 0.95
+    assert cosine is None or 0.75 < cosine < 0.95
 
 
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path):
@@ -128,7 +128,7 @@ def test_one_reading_moves_the_radius_as_the_formula_says(cosine, growth):
     radius = SAM(*small(), SAMConfig(sam_rho=None))._engine.radius
     radius.add(torch.tensor(cosine), torch.tensor(growth))
     radius.finish(None)
-    expected = START * math.exp(K * log_factor(reading(cosine, growth), 0.85))
+    expected = START * math.exp(K * log_factor(reading(cosine, growth), 0.8))
     assert float(radius.rho) == pytest.approx(expected, rel=1e-3)
 
 
@@ -141,7 +141,7 @@ def test_a_reading_that_is_not_finite_does_not_count(cosine, growth):
     radius.add(torch.tensor(0.5), torch.tensor(1.0))
     radius.add(torch.tensor(cosine), torch.tensor(growth))
     radius.finish(None)
-    expected = START * math.exp(K * log_factor(reading(0.5, 1.0), 0.85))
+    expected = START * math.exp(K * log_factor(reading(0.5, 1.0), 0.8))
     assert float(radius.rho) == pytest.approx(expected, rel=1e-5)
 
 
@@ -190,8 +190,8 @@ def test_what_it_cannot_do_is_refused(options, words):
 
 
 def test_a_target_without_effect_is_told():
-    with pytest.warns(UserWarning, match="sam_target_cosine=0.8 has no effect with sam_rho=0.1"):
-        SAMConfig(sam_rho=0.1, sam_target_cosine=0.8)
+    with pytest.warns(UserWarning, match="sam_target_cosine=0.9 has no effect with sam_rho=0.1"):
+        SAMConfig(sam_rho=0.1, sam_target_cosine=0.9)
 
 
 # ---- A fixed radius that is wrong -------------------------------------------------------------
