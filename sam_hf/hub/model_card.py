@@ -69,6 +69,7 @@ def _section(folder: Path, config: SAMConfig, trainer: Trainer) -> str:
     built, unused = config.build_method(), config.options_without_effect()
     method_args = {name: getattr(built, name) for name in method_options(method)}
     settings = config.to_sam_dict() | {"sam_method_args": method_args}
+    settings["sam_rho"] = "auto" if config.sam_rho is None else config.sam_rho
     rows = [(f"`{k}`", f"`{v}`") for k, v in settings.items() if k not in unused and v != {}]
     accelerator, args = trainer.accelerator, trainer.args
     layout = [

@@ -15,9 +15,11 @@ from reference_radius import START, K, log_factor
 from reference_sam import Readings, sam_step
 from tiny import Classifier, assert_same_bits, examples, sam_trainer, weights
 from torch import nn
+from torch.utils.data import default_collate
+from transformers import HfArgumentParser
 from twin_runs import by_the_twin, means
 
-from sam_hf import SAM, SAMConfig
+from sam_hf import SAM, SAMConfig, SAMTrainingArguments
 
 UPDATES = 41
 AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.85}
@@ -168,6 +170,39 @@ def test_weights_in_half_precision_do_not_mislead_it():
 @pytest.mark.parametrize("sam_rho", [None, "auto", " Auto "])
 def test_auto_has_three_spellings(sam_rho):
     assert SAMConfig(sam_rho=sam_rho).sam_rho is None
+
+
+def test_a_command_line_and_yaml_say_auto(tmp_path):
+    parser = HfArgumentParser(SAMTrainingArguments)
+    line = ["--output_dir", str(tmp_path), "--sam_rho", "auto", "--sam_target_cosine", "0.9"]
+    (args,) = parser.parse_args_into_dataclasses(line)
+    assert (args.sam_rho, args.sam_target_cosine) == (None, 0.9)
+    for value in ("auto", "null"):
+        (tmp_path / "a.yaml").write_text(f"output_dir: {tmp_path}\nsam_rho: {value}\n")
+        (args,) = parser.parse_yaml_file(tmp_path / "a.yaml")
+        assert args.sam_rho is None
+    SAMConfig(sam_rho="auto").save_pretrained(tmp_path)
+    assert SAMConfig.from_pretrained(tmp_path).sam_rho is None
+
+
+def test_the_scaler_of_fp16_does_not_change_it():
+    """cos(g, g_s) and |g_s| / |g| do not know the scale of the loss; an overflow does not count."""
+    radii = []
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = Classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        sam = SAM(model, optimizer, SAMConfig(**AUTO), scaler=scaler)
+        for number, (rows,) in enumerate(windows(examples(36).rows, 3, 1, 12)):
+            factor = math.inf if number == 4 else 1.0
+            batch = default_collate(rows)
+            sam.backward(lambda: factor * model(**batch)["loss"])  # noqa: B023
+            scaler.step(optimizer)
+            scaler.update(scale)
+            optimizer.zero_grad()
+        radii.append(radius_of(sam))
+    assert radii[0] > 1.5 * START and radii[1] == pytest.approx(radii[0], rel=1e-9)
 
 
 @pytest.mark.parametrize(
