@@ -39,15 +39,14 @@ def reset_fsdp(outermost: Any) -> None:
     context.post_backward_final_callback_queued = False
     context.iter_forward_root = None
     for each in context.all_states:
+        each._modules_to_run_forward.clear()
         each._training_state = TrainingState.IDLE
-        group = each._fsdp_param_group
-        if group is None:
-            continue
-        if group._all_gather_result is not None:
-            group.wait_for_unshard()
-        group._training_state = TrainingState.IDLE
-        group._post_forward_indices.clear()
-        group.reshard()
+        if (group := each._fsdp_param_group) is not None:
+            group._training_state = TrainingState.IDLE  # in FORWARD it would only put the wait off
+            if group._all_gather_result is not None:
+                group.wait_for_unshard()
+            group._post_forward_indices.clear()
+            group.reshard()
     state._comm_ctx.post_forward_order.clear()
 
 

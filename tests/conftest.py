@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate.utils import imports
 from slow import RUN_SLOW, WITHOUT_SLOW, is_slow
+from tiny import HAS_SAMPLING
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
-if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:  # transformers < 5.2
+if not HAS_SAMPLING:
     Trainer._get_train_sampler = lambda self, dataset=None: SequentialSampler(
         self.train_dataset if dataset is None else dataset
     )
@@ -59,3 +60,13 @@ def pytest_runtest_teardown(
 @pytest.fixture(autouse=True)
 def _seeded():
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """TrainingArguments of older versions leave variables of Accelerate behind."""
+    before = dict(os.environ)
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        if name not in before:
+            del os.environ[name]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_twins import METHODS, trained
-from tiny import CLASSES, FEATURES, Classifier, examples, sentences, weights
+from tiny import CHECKPOINTING, CLASSES, FEATURES, Classifier, examples, sentences, weights
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
@@ -75,10 +75,10 @@ def test_with_reentrant_checkpointing_all_gradients_are_computed(by, use_reentra
     for is_checkpointed in (False, True):
         model, args = copy.deepcopy(start), {}
         if is_checkpointed and by == "model":
-            model.activation_checkpointing_enable(options)
+            getattr(model, f"{CHECKPOINTING}_enable")(options)
             model.enable_input_require_grads()
         elif is_checkpointed:
-            args = {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
+            args = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": options}
         counts = count_gradients(model)
         sam = {"sam_params": "norms"}
         trained(model, sentences(12), sam, name="input_ids", max_steps=3, **args)

@@ -61,7 +61,7 @@ def test_the_readings_equal_the_twins(method):
         mean = sum(t.sharpness for t in window) / 3
         assert entry["sam_sharpness"] == pytest.approx(mean, abs=1e-12)
         # the Trainer sums its losses in fp32
-        assert entry["loss"] == pytest.approx(sum(t.loss for t in window) / 3, abs=1e-6)
+        assert entry["loss"] == pytest.approx(sum(t.loss for t in window) / 3, abs=6e-5)
         last = window[-1]
         assert entry["sam_perturbation_norm"] == pytest.approx(last.e_norm, abs=1e-12)
         assert entry["sam_ascent_grad_norm"] == pytest.approx(last.g_norm, abs=1e-12)

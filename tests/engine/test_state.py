@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch.testing import assert_close
-from transformers import TrainerCallback, set_seed, trainer_jit_checkpoint
+from transformers import TrainerCallback, set_seed
 from twin_runs import optimizer_state
 
 from sam_hf import SAMConfig
@@ -262,7 +262,8 @@ class AtOnce:
 def _handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only the main thread receives signals")
-    monkeypatch.setattr(trainer_jit_checkpoint, "threading", SimpleNamespace(Timer=AtOnce))
+    jit_checkpoint = pytest.importorskip("transformers.trainer_jit_checkpoint")
+    monkeypatch.setattr(jit_checkpoint, "threading", SimpleNamespace(Timer=AtOnce))
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

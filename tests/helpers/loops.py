@@ -19,7 +19,7 @@ KINDS = ("plain", "accelerate")
 
 def new_accelerator(steps: int = 1, **options: Any) -> Accelerator:
     """An accelerator on the CPU that knows of no other one."""
-    AcceleratorState._reset_state(reset_partial_state=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Accelerator(cpu=True, gradient_accumulation_steps=steps, **options)
 

@@ -95,6 +95,15 @@ def sentences(n: int, length: int = 6, seed: int = 0) -> Rows:
     return Rows(rows)
 
 
+OPTIONS = TrainingArguments.__dataclass_fields__
+# transformers < 5.2 can only draw examples at random: conftest.py lets it take them in order.
+HAS_SAMPLING = "train_sampling_strategy" in OPTIONS
+# Older versions of transformers use the second name.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in OPTIONS
+)
+
+
 def arguments(args_class: type = TrainingArguments, **kwargs: Any) -> Any:
     """Plain SGD, no schedule, no clipping, no shuffling, nothing saved; change what you need."""
     defaults = {
@@ -114,8 +123,8 @@ def arguments(args_class: type = TrainingArguments, **kwargs: Any) -> Any:
         "remove_unused_columns": False,
     }
     given = defaults | kwargs
-    if "train_sampling_strategy" not in args_class.__dataclass_fields__:
-        del given["train_sampling_strategy"]  # conftest.py lets the old Trainer sample in order
+    if not HAS_SAMPLING:
+        del given["train_sampling_strategy"]
     return args_class(**given)
 
 

@@ -23,10 +23,12 @@ from slow import slow_unless
 from tiny import Spy, assert_same_bits, examples, sam_trainer, weights
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Trainer, TrainerCallback, set_seed, trainer_jit_checkpoint
+from transformers import Trainer, TrainerCallback, set_seed
 from twin_runs import losses, optimizer_state
 
 from sam_hf import SAMTrainer
+
+jit_checkpoint = pytest.importorskip("transformers.trainer_jit_checkpoint")
 
 UPDATES, STRUCK = 4, 1  # the signal comes in the second of four updates
 SCOPES = ["batch", "micro_batch"]
@@ -43,7 +45,7 @@ class AtOnce:
 def _handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only the main thread receives signals")
-    monkeypatch.setattr(trainer_jit_checkpoint, "threading", SimpleNamespace(Timer=AtOnce))
+    monkeypatch.setattr(jit_checkpoint, "threading", SimpleNamespace(Timer=AtOnce))
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

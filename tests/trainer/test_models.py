@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +27,7 @@ from real_models import (
     whisper,
 )
 from tiny import (
+    CHECKPOINTING,
     Rows,
     sam_trainer,
     weights,
@@ -246,8 +246,6 @@ def test_the_split_of_an_update_into_micro_batches_does_not_matter(model):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_activation_checkpointing_changes_nothing(scope, reentrant):
-    names = {field.name for field in dataclasses.fields(hf.TrainingArguments)}
-    option = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in names)
     rows = language()
 
     def run(**args: Any) -> nn.Module:
@@ -263,7 +261,9 @@ def test_activation_checkpointing_changes_nothing(scope, reentrant):
         ).train()
         return model
 
-    checkpointed = run(**{option: True, f"{option}_kwargs": {"use_reentrant": reentrant}})
+    checkpointed = run(
+        **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    )
     torch.testing.assert_close(weights(checkpointed), weights(run()), rtol=1e-9, atol=1e-11)
 
 
