@@ -147,6 +147,24 @@ def test_a_reading_that_is_not_finite_does_not_count(cosine, growth):
     assert float(radius.rho) == pytest.approx(expected, rel=1e-5)
 
 
+def test_an_update_that_failed_leaves_no_reading():
+    radii, (first, second) = [], windows(examples(36).rows, 3, 1, 2)
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = Classifier()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sam = SAM(model, optimizer, SAMConfig(**AUTO, sam_scope="micro_batch"))
+        one, two = (default_collate(window[0]) for window in (first, second))
+        if fails:
+            sam.backward(lambda: model(**one)["loss"], end_of_update=False)  # noqa: B023
+            with pytest.raises(ZeroDivisionError):
+                sam.backward(lambda: 1 / 0)
+            optimizer.zero_grad()
+        sam.backward(lambda: model(**two)["loss"])  # noqa: B023
+        radii.append(radius_of(sam))
+    assert radii[0] == radii[1] > START
+
+
 def small() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(2, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
