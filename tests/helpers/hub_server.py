@@ -300,7 +300,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     # The protocol of the Xet storage is that of its own library.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_loopback")  # no other one must be sent
-    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     # The client waits for seconds before it tries again what failed.
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers as hf
 from hub_server import LARGE, PART, hub_server, use_hub
@@ -36,7 +37,9 @@ def hub(monkeypatch, tmp_path):
 
 def wait_for_pushes():
     """Pushes in the background share one thread: what is queued now runs after all of them."""
-    hf.utils.hub.hf_api().run_as_future(int).result()
+    # The client of the pushes: older versions use that of huggingface_hub.
+    client = getattr(hf.utils.hub, "hf_api", lambda: huggingface_hub.hf_api.api)()
+    client.run_as_future(int).result()
 
 
 class WaitsForPushes(TrainerCallback):
