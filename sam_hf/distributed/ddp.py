@@ -121,6 +121,8 @@ class DDPLayout(Layout):
     def reduce(self, weights: Sequence[Tensor]) -> None:
         is_used = torch.tensor([w.grad is not None for w in weights])
         self.reduce_ascent(weights)
+        # As after a pass that reduces: the next one begins with the buffers of the first process.
+        getattr(self._model, "_orig_mod", self._model).require_forward_param_sync = True
         if self._finds_unused:
             # DDP leaves a parameter that no process uses without a gradient. Waits for the device.
             counts = self.sum_over_processes(list(is_used)).tolist()

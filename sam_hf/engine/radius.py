@@ -33,8 +33,8 @@ class AutomaticRadius:
     and hardly turns, and the cosine alone would let rho grow until e undoes every step that leads
     away.
 
-    Every fourth update is read, and moves rho by a factor of e at most (k = 1/4), so that rho
-    follows the mean of about 16 updates. In scope `micro_batch` each g_s is compared with its own
+    Every fourth update is read (with an interval of 3 or more, every perturbed one), and moves rho
+    by a factor of e at most (k = 1/4), so that rho follows the mean of about 16 updates. In scope `micro_batch` each g_s is compared with its own
     g, and the logarithms are averaged over the micro-batches and processes of the update. A reading
     that is not finite does not count. rho stays on the device, and is saved with the state of the
     method.
@@ -65,10 +65,11 @@ class AutomaticRadius:
 
     @property
     def _rho(self) -> Tensor:
-        return self._state.get(_SLOT, {}).get("rho", self._start)
+        found = self._state.get(_SLOT, {}).get("rho", self._start)
+        return found.to(self._start.device)  # a checkpoint may have been loaded onto another one
 
     def reads(self, update: int, interval: int) -> bool:
-        """Whether an update is read: of those that are perturbed, one in EVERY updates."""
+        """Whether an update is read: one in EVERY, or all that are perturbed if they are rare."""
         return update // interval % max(self.EVERY // interval, 1) == 0
 
     def add(self, cosine: Tensor, growth: Tensor) -> None:
@@ -103,10 +104,13 @@ class RadiusCheck:
     """Says, once in a run, that a fixed radius is far too large or does nothing.
 
     Far too large: the cosine was below 0.3 in three logs in a row, or the sharpness above the loss.
-    Nothing: the cosine was above 0.999 in all of the first ten logs, or in all of a shorter run.
+    Nothing: the cosine was above 0.999 in all of the first ten logs, or in the Trainer in all of a
+    shorter run with three logs or more. A sharpness within the rounding of the loss counts as such
+    a cosine: e is then lost in the rounding of w, from which the cosine is measured.
     """
 
     LOW, HIGH = 0.3, 0.999
+    ROUNDING = 1e-5  # of the loss, relative
     LOGS, FLAT_LOGS = 3, 10
 
     def __init__(self, config: SAMConfig) -> None:
@@ -118,6 +122,8 @@ class RadiusCheck:
         """Look at the metrics of a log, and at the training loss next to them."""
         cosine, sharpness = metrics.get("sam_grad_cosine"), metrics.get("sam_sharpness")
         readings = []
+        if loss is not None and sharpness is not None and cosine is not None:
+            cosine = 1.0 if abs(sharpness) < self.ROUNDING * abs(loss) else cosine
         if cosine is not None:
             self._cosines.append(cosine)
         latest = self._cosines[-self.LOGS :]

@@ -180,7 +180,7 @@ class UpdateEngine:
             is_own = self.layout.defers_reduction
             self.radius.finish(self.layout.sum_over_processes if is_own else None)
             if is_own:
-                self.layout.reduce(self.ledger.parameters)
+                self.layout.reduce([p for p in self.ledger.parameters if p.requires_grad])
         self.metrics.add_passes(self._passes / self.micro_batches)
         if self._sharpness is not None:
             self.metrics.add_sharpness(self._sharpness)

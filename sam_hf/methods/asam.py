@@ -69,8 +69,11 @@ class ASAM(Method):
             t_squared = list(torch._foreach_abs([weights[i] for i in positions]))
             torch._foreach_add_(t_squared, self.eta)
             torch._foreach_mul_(t_squared, t_squared)
-            if not self.eta:  # where T is 0, e is 0 and g is unknown: 0 / tiny counts as 0
-                torch._foreach_clamp_min_(t_squared, torch.finfo(t_squared[0].dtype).tiny)
+            if not self.eta:  # where T is 0, e is 0 and g is unknown: 0 / 1 counts as 0
+                is_zero = list(torch._foreach_sign(t_squared))
+                torch._foreach_neg_(is_zero)
+                torch._foreach_add_(is_zero, 1)
+                torch._foreach_maximum_(t_squared, is_zero)
             torch._foreach_div_([perturbation[i] for i in positions], t_squared)
         return perturbation
 

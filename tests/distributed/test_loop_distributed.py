@@ -53,6 +53,7 @@ OTHERS = {
         for layout in ("ddp", "fsdp2")
         for scope in SCOPES
     },
+    "auto-frozen": case("ddp by hand", "micro_batch", sam={"sam_rho": None}, is_frozen=True),
     "resumed": case("ddp", "micro_batch", sam=VASSO, resumed_at=2),
     "not-resumed": case("ddp", "micro_batch", sam=VASSO),
 }
@@ -95,6 +96,13 @@ def test_scope_micro_batch_reduces_once_per_update_and_scope_batch_twice(name, r
     passes = 1 if options["sam"]["sam_scope"] == "micro_batch" else 2
     for run in runs:
         assert run[name]["reductions"] == passes * UPDATES
+
+
+def test_what_sam_reduces_itself_leaves_frozen_weights_and_the_sync_of_buffers_alone(runs):
+    for run in runs:
+        assert run["auto-frozen"]["touched"] == []
+        # SAM has reduced the first of the three updates, DDP the others.
+        assert run["auto-frozen"]["syncs_buffers"] == [True] * UPDATES
 
 
 def test_every_process_reads_the_same_metrics(runs):

@@ -261,6 +261,7 @@ def logs_of(tmp_path, rho: float, **options) -> list[str]:
 @pytest.mark.parametrize(
     "rho, words",
     [
+        (1e-9, ["changes next to nothing: sam_grad_cosine was 1 or more"]),
         (50.0, ["sam_rho=50 is far too large at update", "Choose a smaller sam_rho", "'auto'"]),
         (1e-5, ["sam_rho=1e-05 changes next to nothing: sam_grad_cosine was", "larger sam_rho"]),
     ],
