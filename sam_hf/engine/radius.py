@@ -34,10 +34,10 @@ class AutomaticRadius:
     away.
 
     Every fourth update is read (with an interval of 3 or more, every perturbed one), and moves rho
-    by a factor of e at most (k = 1/4), so that rho follows the mean of about 16 updates. In scope `micro_batch` each g_s is compared with its own
-    g, and the logarithms are averaged over the micro-batches and processes of the update. A reading
-    that is not finite does not count. rho stays on the device, and is saved with the state of the
-    method.
+    by a factor of e at most (k = 1/4), so that rho follows the mean of about 16 updates. In scope
+    `micro_batch` each g_s is compared with its own g, and the logarithms are averaged over the
+    micro-batches and processes of the update. A reading that is not finite does not count. rho
+    stays on the device, and is saved with the state of the method.
 
     Args:
         target_cosine: c, above 0 and below 1.
