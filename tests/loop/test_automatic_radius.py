@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from twin_runs import by_the_twin, means
 
 from sam_hf import SAM, SAMConfig, SAMTrainingArguments
+from sam_hf.engine.radius import RadiusCheck
 
 UPDATES = 41
 AUTO = {"sam_rho": "auto", "sam_target_cosine": 0.85}
@@ -171,18 +172,20 @@ def small() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def test_weights_in_half_precision_do_not_mislead_it():
-    """e, which rounding swallows in part, is not g: the angle is measured against g itself."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2)).bfloat16()
-    x, y = torch.randn(64, 8).bfloat16(), torch.arange(64) % 2
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    sam = SAM(model, optimizer, SAMConfig(sam_rho=None))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(60):
-            sam.backward(lambda: nn.functional.cross_entropy(model(x).float(), y))
-            optimizer.zero_grad()
-    assert radius_of(sam) > 10 * START
+    """e, of which rounding swallows a part, is not g: the angle is measured against g itself."""
+    radii = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2)).to(dtype)
+        x, y = torch.randn(64, 8).to(dtype), torch.arange(64) % 2
+        sam = SAM(model, torch.optim.SGD(model.parameters(), lr=0.0), SAMConfig(sam_rho=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(9):
+                sam.backward(lambda: nn.functional.cross_entropy(model(x).float(), y))  # noqa: B023
+                model.zero_grad()
+        radii.append(radius_of(sam))
+    assert radii[1] == pytest.approx(radii[0], rel=0.1) and radii[0] > 5 * START
 
 
 @pytest.mark.parametrize("sam_rho", [None, "auto", " Auto "])
@@ -270,6 +273,30 @@ def logs_of(tmp_path, rho: float, **options) -> list[str]:
 def test_a_wrong_radius_is_told_once(tmp_path, rho, words, updates):
     (message,) = logs_of(tmp_path, rho, max_steps=updates)
     assert all(word in message for word in words) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "logs, is_told",
+    [
+        ([(0.1, 0.0), (0.1, 0.0), (0.5, 0.0), (0.1, 0.0), (0.1, 0.0)], False),
+        ([(0.5, 0.0), (0.1, 0.0), (0.2, 0.0), (0.29, 0.0)], True),
+        ([(0.31, 0.0), (0.1, 0.0), (0.2, 0.0)], False),
+        ([(0.9, 0.9)], False),
+        ([(0.9, 1.1)], True),
+        ([(0.9995, 0.1)] * 9, False),
+        ([(0.9995, 0.1)] * 10, True),
+        ([(0.9985, 0.1), *[(0.9995, 0.1)] * 9], False),
+        ([(0.1, 1e-6)] * 10, True),  # the sharpness is rounding, and so is the cosine
+    ],
+)
+def test_which_readings_are_told(logs, is_told):
+    check = RadiusCheck(SAMConfig(sam_rho=1.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for cosine, sharpness in logs:
+            readings = {"sam_grad_cosine": cosine, "sam_sharpness": sharpness or 0.1}
+            check.add(readings, 1.0, update=1)
+    assert len(caught) == is_told
 
 
 def test_a_usual_radius_is_not(tmp_path):
