@@ -143,6 +143,8 @@ def main(argv: list[str] | None = None) -> float:
     if accelerator.is_main_process:
         for part in (accelerator.unwrap_model(model), processor, sam_config):
             part.save_pretrained(args.output_dir)
+    accelerator.wait_for_everyone()  # a process that ends before the others may abort
+    accelerator.end_training()
     return accuracy
 
 
