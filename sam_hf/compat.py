@@ -1,6 +1,6 @@
 """What differs between the versions of torch and transformers that are supported.
 
-Each entry says from which version on it can go.
+Each entry says with which lowest version it can go, as far as versions were tried.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def precision_settings() -> list[tuple[Any, str, Any]]:
     """Attributes that decide on TF32: object, name, and the value that forbids it.
 
     The global one first, since those of single operations may inherit from it.
-    torch 2.9: `fp32_precision` alone.
+    torch 2.11: `fp32_precision` alone.
     """
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
@@ -58,6 +58,6 @@ def supports_fsdp2() -> bool:
 def saves_within_updates(args: Any) -> bool:
     """Whether a signal may make a checkpoint in the middle of an update.
 
-    transformers 5.0: `args.enable_jit_checkpoint` alone.
+    transformers 5.5: `args.enable_jit_checkpoint` alone.
     """
     return bool(getattr(args, "enable_jit_checkpoint", False))
