@@ -1,13 +1,16 @@
-"""What differs between the versions of torch and transformers that are supported.
+"""What differs between the versions of torch, transformers and huggingface_hub that are supported.
 
 Each entry says with which lowest version it can go, as far as versions were tried.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
 
 
 def precision_settings() -> list[tuple[Any, str, Any]]:
@@ -52,7 +55,7 @@ def reset_fsdp(outermost: Any) -> None:
 
 def supports_fsdp2() -> bool:
     """Whether updates of sharded weights are exact with this torch. torch 2.11: always."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+    return _version(torch) >= (2, 11)
 
 
 def saves_within_updates(args: Any) -> bool:
@@ -61,3 +64,28 @@ def saves_within_updates(args: Any) -> bool:
     transformers 5.5: `args.enable_jit_checkpoint` alone.
     """
     return bool(getattr(args, "enable_jit_checkpoint", False))
+
+
+def load_first_adapter(model: Any, checkpoint: str) -> None:
+    """Load the first of several adapters of a PEFT model, after the Trainer has loaded the others.
+
+    transformers 5.23: the Trainer alone.
+    """
+    is_there = os.path.isfile(os.path.join(checkpoint, "adapter_config.json"))
+    if is_there and _version(transformers) < (5, 23):
+        model.load_adapter(checkpoint, model.active_adapters[0], is_trainable=True)
+
+
+def upload_exclusions(*patterns: str) -> list[str]:
+    """What `hf upload` takes in order to leave out the files that match one of the patterns.
+
+    huggingface_hub 1.0: the option is repeated. Before, the last one would replace the others.
+    """
+    if _version(huggingface_hub) < (1, 0):
+        return ["--exclude", *patterns]
+    return [word for pattern in patterns for word in ("--exclude", pattern)]
+
+
+def _version(package: Any) -> tuple[int, ...]:
+    """Major and minor version."""
+    return tuple(map(int, package.__version__.split(".")[:2]))

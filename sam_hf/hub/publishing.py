@@ -13,6 +13,7 @@ import yaml
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from ..compat import upload_exclusions
 from ..config import SAMConfig
 from ..engine.state import patched
 from .model_card import repository_name, update_card
@@ -139,7 +140,7 @@ class PublishingMixin(_Base):
         """Shell command equivalent to a push by the Trainer; `path`: the path in the repository."""
         revision = revision or self.args.hub_revision
         words = ["hf", "upload", repository_name(self), str(folder), path]
-        words += ["--exclude", "checkpoint-*", "--exclude", "_*"] if path == "." else []
+        words += upload_exclusions("checkpoint-*", "_*") if path == "." else []
         words += ["--revision", revision] if revision else []
         is_private = self.args.hub_private_repo if private is None else private
         words += ["--private"] if is_private else []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
+from ..compat import load_first_adapter
 from ..config import SAMConfig
 from ..config.checks import did_you_mean
 from ..config.file import changed_since
@@ -230,10 +231,11 @@ class SAMTrainerMixin(PublishingMixin):
 
     # ---- Checkpoints -------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self._sam_add_auxiliary()
-        super()._load_from_checkpoint(*args, **kwargs)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         if self._sam_auxiliary is not None:
+            load_first_adapter(self.model, resume_from_checkpoint)
             self._sam_auxiliary.make_trainable()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

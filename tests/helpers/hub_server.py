@@ -292,7 +292,9 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)  # read when it was made
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in ("constants", "file_download"):  # versions before 1.0 import it by name
+        name = f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE"
+        monkeypatch.setattr(name, template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     path = f"{cache}/agent_harnesses.json"
@@ -301,6 +303,7 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_loopback")  # no other one must be sent
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+    monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False, raising=False)
     # The client waits for seconds before it tries again what failed.
     no_wait = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr("huggingface_hub.utils._http.time", no_wait)

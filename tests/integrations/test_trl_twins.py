@@ -163,7 +163,8 @@ def test_one_update_is_that_of_the_twin(name):
     ]
     g_s, [readings] = sam_step(w, shares, RHO)
     plain_loss = plain.state.log_history[0]["loss"]
-    assert math.isclose(readings.loss, plain_loss, rel_tol=1e-5, abs_tol=1e-6)
+    # transformers 4.57 rounds what it logs to four digits.
+    assert math.isclose(readings.loss, plain_loss, rel_tol=1e-5, abs_tol=6e-5)
 
     sam = build(row, {"sam_rho": RHO}, max_steps=1)
     run(sam)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from tiny import Classifier
@@ -50,6 +51,15 @@ def test_tf32_is_forbidden_by_the_settings_that_the_version_has(monkeypatch):
 )
 def test_only_newer_trainers_save_within_an_update(args, saves):
     assert compat.saves_within_updates(SimpleNamespace(**args)) == saves
+
+
+@pytest.mark.parametrize(
+    "version, words",
+    [("0.36.2", "--exclude a* b*"), ("1.0.0", "--exclude a* --exclude b*")],
+)
+def test_all_patterns_are_left_out_of_an_upload(version, words, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "__version__", version)
+    assert " ".join(compat.upload_exclusions("a*", "b*")) == words
 
 
 def test_an_error_while_a_module_is_imported_is_not_hidden():
