@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ def in_a_process(*args: object) -> list[list[object]]:
         return pool.apply(settings, args)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
 @pytest.mark.parametrize("before", CHANGES)
 @pytest.mark.parametrize("after", ["nothing", "--tf32 true", "--tf32 false"])
 def test_a_measure_leaves_the_settings_and_what_follows_them(before, after):

@@ -222,6 +222,8 @@ def ctrl_c() -> Iterator[Callable[[], None]]:
     """Sends the signal of Ctrl-C from another thread; it is an exception in this one."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("only the main thread receives signals")
+    if sys.platform == "win32":
+        pytest.skip("os.kill cannot send Ctrl-C there: it ends the process")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield lambda: threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
     signal.signal(signal.SIGINT, before)
