@@ -39,7 +39,7 @@ _SEED = 0  # of what methods choose at random: the same on all processes and in 
 class SAM:
     """Sharpness-aware updates in a training loop: `backward` replaces the loss's own.
 
-        sam = SAM(model, optimizer, SAMConfig(sam_rho=0.05), accelerator=accelerator)
+        sam = SAM(model, optimizer, accelerator=accelerator)
         for batch in loader:
             with accelerator.accumulate(model):
                 loss = sam.backward(lambda: model(**batch).loss)

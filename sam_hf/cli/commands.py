@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..config import SAMConfig
-from ..config.checks import check_choice
+from ..config.checks import check_choice, check_number
 from ..config.file import replacing
 from ..diagnostics.landscape import scan
 from ..diagnostics.objective import Objective
@@ -64,7 +64,7 @@ def _rho(arguments: argparse.Namespace) -> None:
     print(f"rho: {limit}", file=sys.stderr)
     with tqdm(desc="rho", total=passes, unit="pass") as bar:
         objective.on_batch = lambda work: bar.update()
-        curve = radius_curve(objective, config, radii)
+        curve = radius_curve(objective, config, radii, arguments.initial_loss)
         bar.total = bar.n  # the search for the radii may take fewer
     _write(result | asdict(curve), file)
     name = Path(arguments.model).name
@@ -79,7 +79,9 @@ def _sam_config(arguments: argparse.Namespace) -> SAMConfig:
     """The options of `sam-hf rho` that are SAM's; errors name those of the command line."""
     check_choice("--method", arguments.method, METHODS)
     check_radii("--rho", arguments.rho or ())
-    given = {name: getattr(arguments, name) for name in ("method", "eta", "target_cosine")}
+    if arguments.initial_loss is not None:
+        check_number("--initial_loss", arguments.initial_loss)
+    given = {name: getattr(arguments, name) for name in ("method", "eta", "target_sharpness")}
     options = {f"sam_{name}": value for name, value in given.items() if value is not None}
     try:
         return SAMConfig(sam_rho=None, **options)

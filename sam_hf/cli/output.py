@@ -65,30 +65,29 @@ def table(measures: Mapping[str, float], options: Mapping[str, Any], examples: i
 def radius_table(curve: RadiusCurve) -> str:
     """Loss at w, one line for each radius, and how to read the cosine."""
     rounding = _ROUNDING * max(1.0, abs(curve.loss))
-    rows = [("rho", "cosine", "sharpness", "sharpness / loss", "|g_s| / |g|")]
+    rows = [("rho", "cosine", "sharpness", "sharpness / loss")]
     for r in curve.readings:
         share = r.sharpness / curve.loss if curve.loss else math.nan
         is_rounding = abs(r.sharpness) < rounding
         rises = ("about 0",) * 2 if is_rounding else map(_number, (r.sharpness, share))
-        rows.append((f"{r.rho:.3g}", _number(r.cosine), *rises, _number(r.growth)))
+        rows.append((f"{r.rho:.3g}", _number(r.cosine), *rises))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    reading = (
-        "cosine near 1: e changes nothing; 0.7 to 0.95: usual; near 0: e breaks the updates\n"
-        "the automatic radius is limited by the cosine, or by |g_s| / |g| if that grows first"
-    )
+    reading = "cosine near 1: e changes nothing; 0.7 to 0.95: usual; near 0: e breaks the updates"
     return "\n".join([f"loss at w: {curve.loss:.4g}\n", *lines, f"\n{reading}"])
 
 
 def suggestion(curve: RadiusCurve, options: Mapping[str, Any]) -> str:
     """One line: the options with the radius at which the automatic rule would settle."""
-    case = f"for target cosine {curve.target_cosine:g} and batch size {options['batch_size']}"
+    start = options["initial_loss"]
+    case = f"a sharpness of {curve.goal:.3g}, the goal of the automatic radius "
+    case += "at the start of a training" if start is None else f"after an initial loss of {start:g}"
     if curve.suggestion is None:
-        return f"no suggestion {case}: {curve.reason}"
+        return f"no suggestion for {case}: {curve.reason}"
     method = f"--sam_method {options['method']}"
     if options["method"] == "asam" and options["eta"] is not None:
         method += f" --sam_eta {options['eta']:g}"
-    return f"suggestion {case}: {method} --sam_rho {curve.suggestion:.3g}"
+    return f"suggestion for {case}: {method} --sam_rho {curve.suggestion:.3g}"
 
 
 def _number(x: float) -> str:

@@ -155,8 +155,9 @@ def check_exclusions(config: Any, method: Method) -> None:
     # DDP requires that every training pass has the auxiliary factors, hence no plain updates.
     auxiliary, no_plain = method.needs_auxiliary, f"with {name}, which has no plain updates"
     full_g = "with sam_trigger, whose plain updates step with the gradient of the ascent pass"
-    auto, with_auto = config.sam_rho is None, "with sam_rho=None, the automatic radius"
-    is_hidden = f"with {name}, whose updates have no gradient at w + e next to one at w"
+    auto = config.sam_rho is None
+    with_auto = "with sam_rho=None, the automatic radius (or set a number)"
+    is_hidden = f"with {name}, whose updates compute no loss at w next to one at w + e"
     # The option, its values that are not excluded, what excludes the others, and the message.
     rules: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         ("sam_scope", ("batch",), combines, f"with {name}, which needs g of the whole update"),
@@ -174,8 +175,8 @@ def check_exclusions(config: Any, method: Method) -> None:
         ("sam_rho", (), auto and one_pass, f"a number {is_hidden}"),
         ("sam_rho_schedule", ("constant",), auto, with_auto),
         ("sam_rho_warmup_ratio", (0.0,), auto, with_auto),
-        ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which compares equal examples"),
-        ("sam_replay_rng", (True,), auto, f"{with_auto}, which compares equal masks"),
+        ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which needs equal examples"),
+        ("sam_replay_rng", (True,), auto, f"{with_auto}, which needs equal masks"),
         ("sam_interval", (1,), reuses, f"with {name}: set sam_method_args={{'k': ...}}, its own"),
     )
     for option, allowed, excluded, why in rules:

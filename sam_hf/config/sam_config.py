@@ -1,7 +1,6 @@
 """The options of SAM: `SAMConfig`, for any arguments class, and `SAMTrainingArguments`."""
 
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Collection
@@ -16,7 +15,7 @@ from . import checks
 from .file import read_options, write_options
 
 _NUMBERS: dict[str, dict[str, float]] = {
-    "sam_target_cosine": {"above": 0.0, "below": 1.0},
+    "sam_target_sharpness": {"above": 0.0, "high": 1.0},
     "sam_eta": {"low": 0.0},
     "sam_interval": {"low": 1},
     "sam_start_ratio": {"low": 0.0, "high": 1.0},
@@ -48,12 +47,14 @@ class SAMConfig:
     """
 
     sam_rho: float | str | None = _option(
-        0.05,
-        "Norm of the perturbation, in the method's norm. 0: bit-identical to plain training. "
-        "'auto' (None in Python): found in the run, by sam_target_cosine.",
+        None,
+        "Norm of the perturbation, in the method's norm. 'auto' (None in Python): found in the "
+        "run, by sam_target_sharpness. 0: bit-identical to plain training.",
     )
-    sam_target_cosine: float = _option(
-        0.8, "Automatic radius: cosine of the gradients at w and w + e that rho is to hold."
+    sam_target_sharpness: float = _option(
+        0.5,
+        "Automatic radius: the sharpness that rho is to hold, as a share of what the run has "
+        "learned or of the loss that is left, whichever is smaller.",
     )
     sam_method: str = _option("sam", f"How the perturbation is made: {', '.join(METHODS)}.")
     sam_method_args: dict[str, Any] | str | None = field(
@@ -132,8 +133,8 @@ class SAMConfig:
         self.sam_rho = checks.parse_rho("sam_rho", self.sam_rho)
         for name, limits in _NUMBERS.items():
             checks.check_number(name, getattr(self, name), whole=name == "sam_interval", **limits)
-        highest = math.inf if self.sam_rho is None else float(self.sam_rho)
-        checks.check_number("sam_rho_min", self.sam_rho_min, low=0.0, high=highest)
+        highest: dict[str, Any] = {} if self.sam_rho is None else {"high": float(self.sam_rho)}
+        checks.check_number("sam_rho_min", self.sam_rho_min, low=0.0, **highest)
         for name, choices in _CHOICES.items():
             checks.check_choice(name, getattr(self, name), choices)
         for name in ("sam_replay_rng", "sam_freeze_norm_stats"):
@@ -212,7 +213,7 @@ class SAMConfig:
             reason = f"sam_trigger={self.sam_trigger!r}"
             why |= dict.fromkeys(("sam_trigger_start", "sam_trigger_end"), reason)
         if self.sam_rho is not None:
-            why["sam_target_cosine"] = f"sam_rho={self.sam_rho!r}, a fixed radius"
+            why["sam_target_sharpness"] = f"sam_rho={self.sam_rho!r}, a fixed radius"
         schedule = f"sam_rho_schedule={self.sam_rho_schedule!r}"
         if self.sam_rho_schedule == "constant":
             why["sam_rho_min"] = schedule

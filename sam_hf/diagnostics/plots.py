@@ -159,7 +159,7 @@ def plot_history(
 
 
 def plot_radius_curve(curve: RadiusCurve, path: Path, *, title: str | None = None) -> list[Path]:
-    """Plot gradient cosine and sharpness against rho, with the target and the suggested radius.
+    """Plot gradient cosine and sharpness against rho, with the rule's goal and suggestion.
 
     `path` and the result are those of `plot_landscapes`.
     """
@@ -168,11 +168,10 @@ def plot_radius_curve(curve: RadiusCurve, path: Path, *, title: str | None = Non
     radii = [reading.rho for reading in curve.readings]
     options: Any = {"color": _COLOURS[0], "markersize": 4, "linewidth": 2}
     cosines.plot(radii, [reading.cosine for reading in curve.readings], "o-", **options)
-    target = f"target {curve.target_cosine:g}"
-    cosines.axhline(curve.target_cosine, color=_COLOURS[1], linestyle="--", label=target)
     cosines.set(ylabel="cosine of g and g_s", ylim=(None, 1.02))
     rises = [reading.sharpness for reading in curve.readings]
     sharpness.plot(radii, rises, "o-", **options)
+    sharpness.axhline(curve.goal, color=_COLOURS[1], linestyle="--", label=f"goal {curve.goal:.3g}")
     sharpness.set_ylabel("sharpness L(w + e) - L(w)")
     if all(0 < rise < math.inf for rise in rises):
         sharpness.set_yscale("log")
@@ -180,9 +179,10 @@ def plot_radius_curve(curve: RadiusCurve, path: Path, *, title: str | None = Non
         if curve.suggestion is not None:
             label = f"suggestion {curve.suggestion:.3g}"
             axes.axvline(curve.suggestion, color=_COLOURS[2], linestyle="-.", label=label)
-        axes.set(xlabel="rho", xscale="log")
+        # Given, since there may be no finite reading to derive it from.
+        axes.set(xlabel="rho", xscale="log", xlim=(radii[0] / 1.3, 1.3 * radii[-1]))
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = cosines.get_legend_handles_labels()
+    handles, labels = sharpness.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return _save(figure, path, title)
 

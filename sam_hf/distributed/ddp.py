@@ -27,8 +27,6 @@ class DDPLayout(Layout):
     number of accelerators over which this process spreads its batches (`DataParallel`).
     """
 
-    can_defer_reduction = True
-
     def __init__(
         self,
         weights: Sequence[nn.Parameter],
@@ -50,7 +48,6 @@ class DDPLayout(Layout):
         handler = accelerator.ddp_handler
         self._is_static = handler is not None and handler.static_graph
         self.grads_live_in_buffers |= handler is not None and handler.gradient_as_bucket_view
-        self._finds_unused = handler is not None and handler.find_unused_parameters
         self._reaches_parameters: bool | None = None
 
     @property
@@ -67,7 +64,7 @@ class DDPLayout(Layout):
         # With sync_each_batch every backward pass reduces, not only the last of an update.
         options = self._accelerator.gradient_state.plugin_kwargs
         is_reduced = self.is_end_of_update or bool(options.get("sync_each_batch", False))
-        return self.processes > 1 and is_reduced and not self.defers_reduction
+        return self.processes > 1 and is_reduced
 
     def must_replay(self, scope_is_micro_batch: bool) -> bool:
         # If the ascent pass was not reduced, the other processes wait in the pass that is.
@@ -118,20 +115,8 @@ class DDPLayout(Layout):
         for w, g in zip(weights, grads, strict=True):
             w.grad = g
 
-    def reduce(self, weights: Sequence[Tensor]) -> None:
-        is_used = torch.tensor([w.grad is not None for w in weights])
-        self.reduce_ascent(weights)
-        # As after a pass that reduces: the next one begins with the buffers of the first process.
-        getattr(self._model, "_orig_mod", self._model).require_forward_param_sync = True
-        if self._finds_unused:
-            # DDP leaves a parameter that no process uses without a gradient. Waits for the device.
-            counts = self.sum_over_processes(list(is_used)).tolist()
-            for w, count in zip(weights, counts, strict=True):
-                w.grad = w.grad if count else None
-
     def replaying(self, is_last: bool, scope_is_micro_batch: bool) -> AbstractContextManager[None]:
-        is_reduced = is_last and not self.defers_reduction
-        return nullcontext() if is_reduced else self._without_reduction()
+        return nullcontext() if is_last else self._without_reduction()
 
     def _without_reduction(self) -> AbstractContextManager[None]:
         context: AbstractContextManager[None] = self._accelerator.no_sync(self._model)

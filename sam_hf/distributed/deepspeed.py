@@ -22,7 +22,6 @@ class DeepSpeedLayout(DDPLayout):
     """
 
     can_take_some_gradients = False  # no others are computed anyway
-    can_defer_reduction = False
 
     def __init__(self, weights: Sequence[nn.Parameter], *args: Any) -> None:
         super().__init__(weights, *args)

@@ -30,7 +30,6 @@ class FSDP2Layout(DDPLayout):
     can_take_some_gradients = False  # reduced per module, together
     reduces_kept_gradients = False  # a shard is added to `.grad`
     hides_gradients = True
-    can_defer_reduction = False  # the processes share e, and with it the angle
 
     def __init__(self, *args: Any, has_replicas: bool = False) -> None:
         super().__init__(*args)

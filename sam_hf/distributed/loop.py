@@ -40,9 +40,7 @@ class PlainAccelerator:
         self.process_index = 0 if is_alone else dist.get_rank(self._group)
         self.device = next(model.parameters()).device
         self.ddp_handler = ddp and SimpleNamespace(
-            static_graph=ddp.static_graph,
-            gradient_as_bucket_view=ddp.gradient_as_bucket_view,
-            find_unused_parameters=ddp.find_unused_parameters,
+            static_graph=ddp.static_graph, gradient_as_bucket_view=ddp.gradient_as_bucket_view
         )
         self.scaler = scaler
         self.gradient_state = SimpleNamespace(sync_gradients=True, plugin_kwargs={})

@@ -244,9 +244,6 @@ def _validate_deepspeed(plugin: Any, config: SAMConfig) -> None:
         reason = f"{name} acts at the optimizer step, which DeepSpeed runs by itself"
     elif config.sam_trigger != "always":
         reason = "sam_trigger steps with the gradient of the ascent, which DeepSpeed has not seen"
-    elif config.sam_rho is None:
-        reason = "sam_rho=None compares the gradients at w and at w + e: DeepSpeed hides the latter"
-        raise ValueError(f"{reason}. Set a number, such as sam_rho=0.05, or use DDP or FSDP2.")
     if reason is not None:
         raise ValueError(f"{reason}. Use DDP or FSDP2 (`fsdp`), or another method.")
 

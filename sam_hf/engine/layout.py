@@ -33,10 +33,6 @@ class Layout:
     """`ascent` can compute the gradients of some parameters only, at a lower cost."""
     grads_live_in_buffers = False
     """The next backward pass may write into the memory of the gradients of this one."""
-    can_defer_reduction = False
-    """`defers_reduction` may be set: then passes at w + e leave this process's own gradients, and
-    `reduce` follows at the end of the update."""
-    defers_reduction = False
     hides_gradients = False
     """Gradients are not in `.grad` before the last micro-batch of an update."""
     processes = 1
@@ -65,9 +61,6 @@ class Layout:
 
     def reduce_ascent(self, weights: Weights) -> None:
         """Replace gradients that no backward pass has reduced by their mean over the processes."""
-
-    def reduce(self, weights: Weights) -> None:
-        """Reduce the gradients of an update whose passes have not, where `defers_reduction`."""
 
     def replaying(self, is_last: bool, scope_is_micro_batch: bool) -> Context:
         """Context of each pass at w + e. Only the last of a scope reduces, for all of them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..methods.base import Dot, Method, Tensors
+from ..methods.base import Dot, Method, Names, Tensors
 from .parameters import PARAMETER_GROUPS
 
 # In the order in which they are logged.
@@ -88,13 +88,16 @@ def _finite(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(usable, values, 0), usable
 
 
-def measure_perturbation(
+def measure(
     method: Method,
+    names: Names,
     groups: Sequence[str],
+    weights: Tensors,
     perturbation: Tensors,
+    descent_grads: Sequence[Tensor | None],
     dot_over: Callable[[Sequence[int]], Dot],
 ) -> dict[str, Tensor]:
-    """|e|, and its shares on groups of parameters.
+    """|e|, its shares on groups of parameters, and cos(g, g_s). Overwrites `perturbation`.
 
     `dot_over` returns the inner product over the parameters at the given positions.
     """
@@ -107,19 +110,13 @@ def measure_perturbation(
     values = {"perturbation_norm": squared_norm.sqrt()}
     if method.reports_shares:
         values.update((f"share_{group}", s / squared_norm) for group, s in squares.items())
+
+    g = method.ascent_gradient(names, weights, perturbation)
+    pairs = [(i, y) for i, y in enumerate(descent_grads) if y is not None]
+    if g is not None and pairs:
+        members, g_s = (list(side) for side in zip(*pairs, strict=True))
+        every, dot = dot_over(range(len(g))), dot_over(members)
+        product = dot([g[i] for i in members], g_s)
+        # Two roots: the product of the squares overflows, or is 0, where the norms are not.
+        values["grad_cosine"] = product / every(g, g).sqrt() / dot(g_s, g_s).sqrt()
     return values
-
-
-def cosine_similarity(
-    g: Tensors, g_s: Sequence[Tensor | None], dot_over: Callable[[Sequence[int]], Dot]
-) -> tuple[Tensor, Tensor] | None:
-    """cos(g, g_s), and |g_s|^2; None if no entry of g_s can be read."""
-    pairs = [(i, y) for i, y in enumerate(g_s) if y is not None]
-    if not pairs:
-        return None
-    members, readable = (list(side) for side in zip(*pairs, strict=True))
-    every, dot = dot_over(range(len(g))), dot_over(members)
-    product = dot([g[i] for i in members], readable)
-    squared_norm = dot(readable, readable)
-    # Two roots: the product of the squares overflows, or is 0, where the norms are not.
-    return product / every(g, g).sqrt() / squared_norm.sqrt(), squared_norm

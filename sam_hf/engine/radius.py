@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -14,90 +13,110 @@ from ..methods.base import Radius, State
 from ..methods.lists import reading_is_free
 
 _SLOT = "radius"
+_SUMS = ("loss_sum", "rise_sum", "count")
 
 
 class AutomaticRadius:
-    r"""Moves rho so that cos(g, g_s) stays at a target, for `sam_rho=None`.
+    r"""Moves rho so that e undoes a share of what the run has learned, for `sam_rho=None`.
 
-    The cosine has no unit and knows no norm. Near 1 the perturbation changes nothing, at 0.7 to
-    0.95 SAM works, near 0 its updates have little to do with the loss. With :math:`\theta` the
-    angle between g and g_s, :math:`\tan\theta` and :math:`|g_s| / |g|` - 1 are to first order
-    proportional to rho, so that a reading tells by which factor the target c is missed:
+    With the smoothed loss :math:`\bar L` and its first value :math:`L_0`, the run has learned
+    :math:`L_0 - \bar L`, and :math:`\bar L` is left. The sharpness L(w + e) - L(w) is held at the
+    share c of the smaller one. To first order it is proportional to rho, hence
 
-    .. math:: \log \rho \leftarrow \log \rho + k \, \log \min\left(
-              \frac{\tan(\arccos c)}{\tan\theta}, \;
-              \frac{1}{|g_s| / |g| - 1 - \tan\theta} \right)
+    .. math:: \log \rho \leftarrow \log \rho + k \, \log
+              \frac{c \, \min(L_0 - \bar L, \; \bar L)}{L(w + e) - L(w)}
 
-    The second term counts where it is positive: |g_s| / |g| may be 2, and more where g_s turns. A
-    model that has not begun to learn needs it: there g is the noise of the batch, which e lengthens
-    and hardly turns, and the cosine alone would let rho grow until e undoes every step that leads
-    away.
+    Losses know neither the norm of e nor the parameters that it moves. A model that has not begun
+    to learn keeps a small rho, so that e does not undo every step that leads away from the start;
+    where hardly any loss is left, rho falls with it.
 
-    Every fourth update is read (with an interval of 3 or more, every perturbed one), and moves rho
-    by a factor of e at most (k = 1/4), so that rho follows the mean of about 16 updates. In scope
-    `micro_batch` each g_s is compared with its own g, and the logarithms are averaged over the
-    micro-batches and processes of the update. A reading that is not finite does not count. rho
+    rho moves once in four perturbed updates, by their mean losses: by a factor of e at most
+    (k = 1/4). :math:`\bar L` moves by k towards them too. The share is taken of 1 % of
+    :math:`L_0` where less has been learned or is left. A negative loss counts by its size. Updates
+    with a loss that is not finite do not count. All is averaged over micro-batches and processes,
     stays on the device, and is saved with the state of the method.
 
     Args:
-        target_cosine: c, above 0 and below 1.
-        state: where rho is kept.
-        device, dtype: of rho, those of the inner products.
+        target_sharpness: c, above 0 and at most 1.
+        state: where rho and the losses are kept.
+        device, dtype: of rho.
     """
 
     START = 0.01
     GAIN = 0.25  # k
-    EVERY = 4  # updates: a reading costs passes over the weights
+    EVERY = 4  # perturbed updates: the losses of one are noise
     LIMIT = 4.0  # of a logarithm
+    LEAST = 0.01  # of the first loss
 
     def __init__(
-        self, target_cosine: float, state: State, device: torch.device, dtype: torch.dtype
+        self, target_sharpness: float, state: State, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._turn = math.tan(math.acos(target_cosine))
-        self._state, self._start = state, torch.tensor(self.START, device=device, dtype=dtype)
-        self._readings: list[Tensor] = []
+        self._target, self._state = target_sharpness, state
+        self._start = torch.tensor(self.START, device=device, dtype=dtype)
+        nothing = torch.zeros_like(self._start)
+        unknown = nothing / 0
+        self._initial = {"rho": self._start, "first_loss": unknown, "loss": unknown}
+        # Sums since rho moved last, and over how many updates.
+        self._initial |= dict.fromkeys(_SUMS, nothing)
 
     @property
     def rho(self) -> Radius:
         """rho of the current update: a number where it can be read without waiting for a device."""
-        rho = self._rho
+        rho = self._values["rho"]
         return rho.item() if reading_is_free(rho) else rho
 
     @property
-    def _rho(self) -> Tensor:
-        found = self._state.get(_SLOT, {}).get("rho", self._start)
-        return found.to(self._start.device)  # a checkpoint may have been loaded onto another one
+    def _values(self) -> dict[str, Tensor]:
+        found = self._state.get(_SLOT, self._initial)
+        # A checkpoint may have been loaded onto another device.
+        return {name: value.to(self._start.device) for name, value in found.items()}
 
-    def reads(self, update: int, interval: int) -> bool:
-        """Whether an update is read: one in EVERY, or all that are perturbed if they are rare."""
-        return update // interval % max(self.EVERY // interval, 1) == 0
+    @torch.no_grad()
+    def add(
+        self,
+        number: int,
+        loss: Tensor | None,
+        rise: Tensor | None,
+        total: Callable[[Sequence[Tensor]], Tensor],
+    ) -> None:
+        """Take the losses of an update, and move rho at the end of four.
 
-    def add(self, cosine: Tensor, growth: Tensor) -> None:
-        """Take the reading of one scope: cos(g, g_s) and |g_s| / |g|, 0-dimensional tensors."""
-        self._readings.append(self.correction(cosine, growth))
+        Args:
+            number: of the update, counting those that may be perturbed.
+            loss, rise: L(w) and L(w + e) - L(w); None where this process has perturbed nothing.
+            total: sums numbers over the processes, all of which call this.
+        """
+        nothing = torch.zeros_like(self._start)
+        numbers = [nothing, nothing, nothing]
+        if loss is not None and rise is not None:
+            is_finite = loss.isfinite() & rise.isfinite()
+            numbers = [*(torch.where(is_finite, x, 0) for x in (loss, rise)), is_finite]
+        values = self._values
+        for name, x in zip(_SUMS, total(numbers), strict=True):
+            values[name] = values[name] + x
+        if number % self.EVERY == self.EVERY - 1:
+            self._move(values)
+        self._state[_SLOT] = values
 
-    def correction(self, cosine: Tensor, growth: Tensor) -> Tensor:
-        """Logarithm of the factor to the radius at which the target would be met."""
-        turn = cosine.clamp(math.exp(-self.LIMIT), 1).square().reciprocal().sub(1).sqrt()
-        return -torch.maximum(turn / self._turn, growth - 1 - turn).log()
+    def goal(self, first_loss: Tensor, loss: Tensor) -> Tensor:
+        """The sharpness to hold at a smoothed loss: 0-dimensional tensors."""
+        share = torch.minimum(first_loss - loss, loss.abs())
+        return self._target * torch.maximum(share, self.LEAST * first_loss.abs())
 
-    def discard(self) -> None:
-        """Forget the readings of an update that was not completed."""
-        self._readings = []
+    def _move(self, values: dict[str, Tensor]) -> None:
+        # NaN if no update counts: then nothing moves.
+        loss, rise = (values[name] / values["count"] for name in ("loss_sum", "rise_sum"))
+        first, before = _known(values["first_loss"], loss), _known(values["loss"], loss)
+        after = _known(torch.lerp(before, loss, self.GAIN), before)
+        error = self.goal(first, after).log() - rise.clamp(min=0).log()
+        move = (self.GAIN * error.clamp(-self.LIMIT, self.LIMIT)).nan_to_num(0)
+        values |= {"rho": values["rho"] * move.exp(), "first_loss": first, "loss": after}
+        values |= {name: torch.zeros_like(x) for name, x in values.items() if name in _SUMS}
 
-    def finish(self, total: Callable[[Sequence[Tensor]], Tensor] | None) -> None:
-        """End an update. `total` sums numbers over processes that have readings of their own."""
-        readings, self._readings = self._readings, []
-        if not readings and total is None:
-            return
-        found = torch.stack(readings) if readings else self._start.new_zeros(0)
-        usable = ~found.isnan()
-        error = torch.where(usable, found, 0).clamp(-self.LIMIT, self.LIMIT).sum()
-        count = usable.sum()
-        if total is not None:
-            error, count = total([error, count])
-        rho = self._rho * (self.GAIN * error / count.clamp(min=1)).exp()
-        self._state[_SLOT] = {"rho": rho}
+
+def _known(value: Tensor, other: Tensor) -> Tensor:
+    """The value, or the other one where it is NaN."""
+    return torch.where(value.isnan(), other, value)
 
 
 class RadiusCheck:

@@ -88,7 +88,7 @@ def describe_cost(
 ) -> str:
     """One line on the cost of the run, in units of plain updates."""
     passes = expected_passes(config, max_updates, share, first_rate)
-    target = f"auto (target cosine {config.sam_target_cosine:g})"
+    target = f"auto (target sharpness {config.sam_target_sharpness:g})"
     radius = target if config.sam_rho is None else f"{float(config.sam_rho):g}"
     at_most = "at most " if config.sam_trigger != "always" else ""
     line = (

@@ -17,7 +17,7 @@ from .combiner import GradientCombiner, momentum_of
 from .gradients import GradientLedger
 from .layout import Layout
 from .method_state import MethodStateCheckpoint
-from .metrics import Metrics, cosine_similarity, measure_perturbation
+from .metrics import Metrics, measure
 from .parameters import TrainedParameters
 from .perturbation import HALF, Perturbation, step_size
 from .radius import AutomaticRadius
@@ -92,7 +92,7 @@ class UpdateEngine:
         self.method_state = state
         self.trigger = GradientNormTrigger.of(config, state.state)
         self.radius = AutomaticRadius(
-            config.sam_target_cosine, state.state, layout.device, layout.accumulate_in
+            config.sam_target_sharpness, state.state, layout.device, layout.accumulate_in
         )
         self.combiner = GradientCombiner(
             self.method, state.state, layout, parameters.trained, optimizer
@@ -110,15 +110,15 @@ class UpdateEngine:
         self._tracker, self._seed = tracker, seed
         self._each_alone = config.sam_scope == "micro_batch"
         self._interval = interval_of(config)
-        self._is_read = False  # whether the automatic radius reads this update
         self._chosen: tuple[int, dict[str, Any], list[Tensor]] | None = None
         self._has_seen_gradient = self._has_warned_of_rounding = False
         self._passes = 0.0
         self._ascent_loss: Tensor | None = None  # of the scope
         self._finds_all_state = True  # whether a replay finds all that its recorded call found
         self._rho: Radius = 0.0  # of the update
-        self._ascent_norm = torch.zeros(())  # |g| of the scope
-        self._sharpness: Tensor | None = None  # L(w + e) - L(w), summed over the update's scopes
+        # Summed over the scopes of the update.
+        self._loss: Tensor | None = None  # L(w)
+        self._sharpness: Tensor | None = None  # L(w + e) - L(w)
 
     def close(self) -> None:
         self.combiner.close()
@@ -136,10 +136,6 @@ class UpdateEngine:
         if self.micro_batches == 0:
             self._begin_update()
         self._rho = self.combiner.rho = self.radius.rho if batch.rho is None else batch.rho
-        self._is_read = batch.rho is None and self.radius.reads(batch.update, self._interval)
-        # A g_s that the processes have reduced has no angle to the g of one of them.
-        is_own = self._each_alone and self.layout.processes > 1
-        self.layout.defers_reduction = self._is_read and is_own and self.layout.can_defer_reduction
         before = self.micro_batches, self._passes
         self.latest_ascent_cost, self.has_replayed = 0.0, False
         try:
@@ -167,7 +163,7 @@ class UpdateEngine:
         return batch.plain()
 
     def _begin_update(self) -> None:
-        self._passes, self._sharpness = 0.0, None
+        self._passes, self._loss, self._sharpness = 0.0, None, None
         self.combiner.discard()
         if self.parameters.refresh():
             self.ledger.parameters = self.parameters.everything
@@ -176,24 +172,21 @@ class UpdateEngine:
     def _end_update(self, batch: MicroBatch) -> None:
         if batch.rho != 0 and batch.is_measured():
             self.metrics.set(rho=torch.as_tensor(self._rho, dtype=self.layout.accumulate_in))
-        if self._is_read:
-            is_own = self.layout.defers_reduction
-            self.radius.finish(self.layout.sum_over_processes if is_own else None)
-            if is_own:
-                self.layout.reduce([p for p in self.ledger.parameters if p.requires_grad])
+        if batch.rho is None:
+            losses, total = (self._loss, self._sharpness), self.layout.sum_over_processes
+            self.radius.add(batch.update // self._interval, *losses, total)
         self.metrics.add_passes(self._passes / self.micro_batches)
         if self._sharpness is not None:
             self.metrics.add_sharpness(self._sharpness)
             self.perturbed_updates += 1
-        self.micro_batches, self._sharpness = 0, None
+        self.micro_batches = 0
 
     def discard_update(self) -> None:
         """Forget what the update has computed so far, gradients included."""
         self.recorder.take()
         self.combiner.discard()
         self.micro_batches = 0
-        self._ascent_loss, self._finds_all_state, self._sharpness = None, True, None
-        self.radius.discard()
+        self._ascent_loss, self._finds_all_state = None, True
         self.ledger.discard()
 
     # ---- One pass ----------------------------------------------------------------------------
@@ -223,7 +216,7 @@ class UpdateEngine:
 
         def undo() -> None:
             if is_measured and is_complete:
-                self._measure(perturbed, perturbation, is_logged=True)
+                self._measure(perturbed, perturbation)
             perturbation.restore()
             if not is_complete:
                 self.layout.recover()
@@ -377,7 +370,7 @@ class UpdateEngine:
 
         Without a perturbed parameter w + e is w.
         """
-        self._require_no_foreign(self.method.combines or self._is_read)
+        self._require_no_foreign(self.method.combines)
         if not self._finds_all_state:
             warnings.warn(
                 "A large tensor or a long list that the trainer or a module holds was written for "
@@ -385,11 +378,10 @@ class UpdateEngine:
                 "first one left it.",
                 stacklevel=2,
             )
-        is_logged = bool(perturbed) and batch.is_measured()
-        kept: list[Tensor] | None = None
+        is_measured = bool(perturbed) and batch.is_measured()
         if perturbed:
             with torch.no_grad():
-                kept = self._perturb(perturbed, perturbation, is_logged)
+                self._perturb(perturbed, perturbation, is_measured)
         self.ledger.clear()
         is_mixed = self.layout.reduces_kept_gradients and self.ledger.has_foreign
         if is_mixed:
@@ -397,8 +389,8 @@ class UpdateEngine:
         count, recorded = len(calls), sum(call.random_state is not None for call in calls)
 
         def restore() -> None:
-            if is_logged or (perturbed and self._is_read):
-                self._measure(perturbed, perturbation, is_logged, kept, is_mixed)
+            if is_measured:
+                self._measure(perturbed, perturbation, is_mixed)
             perturbation.restore()
 
         descent_loss = self.layout.descent(functools.partial(self._replay, calls), restore)
@@ -410,6 +402,7 @@ class UpdateEngine:
             if recorded < count:  # deferred calls are expected to have the mean loss
                 ascent_loss = ascent_loss * (count / recorded)
             rise = descent_loss - ascent_loss
+            self._loss = ascent_loss if self._loss is None else self._loss + ascent_loss
             self._sharpness = rise if self._sharpness is None else self._sharpness + rise
 
     def _require_no_foreign(self, is_apart: bool) -> None:
@@ -418,10 +411,9 @@ class UpdateEngine:
         if is_apart and is_reduced and self.ledger.has_foreign:
             raise RuntimeError(
                 f"Code outside of compute_loss computes gradients in training_step, which several "
-                f"processes cannot separate with sam_method={self.config.sam_method!r}, "
-                f"sam_rho={self.config.sam_rho!r} and sam_trigger={self.config.sam_trigger!r}. "
-                "Compute that loss in compute_loss, or set sam_method='sam', a fixed sam_rho and "
-                "sam_trigger='always', or sam_rho=0."
+                f"processes cannot separate with sam_method={self.config.sam_method!r} "
+                f"and sam_trigger={self.config.sam_trigger!r}. Compute that loss in compute_loss, "
+                "or set sam_method='sam' and sam_trigger='always', or sam_rho=0."
             )
 
     def _replay(self, calls: list[RecordedCall]) -> Tensor:
@@ -536,9 +528,9 @@ class UpdateEngine:
         return found
 
     def _perturb(
-        self, perturbed: dict[str, Tensor], perturbation: Perturbation, is_logged: bool
-    ) -> list[Tensor] | None:
-        """Write w + e, with e made of the gradients in `.grad`; returns g where a copy is needed.
+        self, perturbed: dict[str, Tensor], perturbation: Perturbation, is_measured: bool
+    ) -> None:
+        """Write w + e, with e made of the gradients in `.grad`.
 
         What is made of g is freed here, so that its memory is free for g_s; unless g is needed.
         """
@@ -547,13 +539,9 @@ class UpdateEngine:
         parameters = list(perturbed.values())
         dot = self.layout.dot_over(parameters)
         grads = self.layout.gradients(parameters)
-        if is_logged or self._is_read:
-            self._ascent_norm = dot(grads, grads).sqrt()
-        if is_logged:
-            self.metrics.set(ascent_grad_norm=self.layout.unscaled(self._ascent_norm))
-        # The angle between g and g_s needs g, which most methods find again in e, if e is exact.
-        is_lost = not self.method.recovers_gradient or self.layout.has_half_weights
-        kept = [g.clone() for g in grads] if self._is_read and is_lost else None
+        if is_measured:
+            norm = dot(grads, grads).sqrt()
+            self.metrics.set(ascent_grad_norm=self.layout.unscaled(norm))
         if self.method.remembers_gradients:
             grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
             self.layout.unscale_(grads)
@@ -568,7 +556,6 @@ class UpdateEngine:
                 "bf16=True or fp16=True, which compute in half precision and store in float32.",
                 stacklevel=2,
             )
-        return kept
 
     def _apply(
         self,
@@ -599,38 +586,22 @@ class UpdateEngine:
 
     @torch.no_grad()
     def _measure(
-        self,
-        perturbed: dict[str, Tensor],
-        perturbation: Perturbation,
-        is_logged: bool,
-        kept: list[Tensor] | None = None,
-        is_mixed: bool = False,
+        self, perturbed: dict[str, Tensor], perturbation: Perturbation, is_mixed: bool = False
     ) -> None:
         """Measure what needs e and g_s. Writes into the weights: they must be restored next.
 
         Args:
-            is_logged: what a log shows, and not for the automatic radius alone.
-            kept: g, where it is not found again in e.
             is_mixed: `.grad` holds foreign gradients too: no cosine.
         """
         assert perturbation.saved is not None
-        method, names, parameters = self.method, list(perturbed), list(perturbed.values())
+        names, parameters = list(perturbed), list(perturbed.values())
         w, e = perturbation.saved, perturbation.difference_()
+        g_s: Sequence[Tensor | None] = [None] * len(names)
+        if not is_mixed:
+            g_s = self.layout.descent_gradients(parameters)
+        groups = [self.parameters.groups[name] for name in names]
 
         def dot_over(members: Sequence[int]) -> Dot:
             return self.layout.dot_over([parameters[i] for i in members])
 
-        if is_logged:
-            groups = [self.parameters.groups[name] for name in names]
-            self.metrics.set(**measure_perturbation(method, groups, e, dot_over))
-        if kept is None and method.recovers_gradient:
-            kept = method.ascent_gradient(names, w, e)
-        if kept is None or is_mixed:
-            return
-        g_s = self.layout.descent_gradients(parameters)
-        if (readings := cosine_similarity(kept, g_s, dot_over)) is not None:
-            cosine, squared_norm = readings
-            if is_logged:
-                self.metrics.set(grad_cosine=cosine)
-            if self._is_read:
-                self.radius.add(cosine, squared_norm.sqrt() / self._ascent_norm)
+        self.metrics.set(**measure(self.method, names, groups, w, e, g_s, dot_over))

@@ -42,7 +42,7 @@ class ASAM(Method):
   year = {2021},
   url = {https://arxiv.org/abs/2102.11600}
 }"""
-    recovers_gradient = reports_shares = True
+    reports_shares = True
 
     eta: float
     adaptive_scope: str

@@ -74,8 +74,6 @@ class Method:
     """The method keeps a `State` between updates."""
     remembers_gradients: ClassVar[bool] = False
     """The state is made of g: g is given in fp32 and without the changing loss scale of fp16."""
-    recovers_gradient: ClassVar[bool] = False
-    """`ascent_gradient` finds g in e, so that cos(g, g_s) is measured without keeping g."""
     reports_shares: ClassVar[bool] = False
     """The logs show the shares of |e|^2 on norms, biases, embeddings and matrices."""
     needs_adapters: ClassVar[bool] = False
@@ -126,12 +124,14 @@ class Method:
         """
         raise NotImplementedError
 
-    def ascent_gradient(self, names: Names, weights: Tensors, perturbation: Tensors) -> Tensors:
-        """g up to a positive factor, recovered from w and e; of methods with `recovers_gradient`.
+    def ascent_gradient(
+        self, names: Names, weights: Tensors, perturbation: Tensors
+    ) -> Tensors | None:
+        """g up to a positive factor, recovered from w and e; None where that is impossible.
 
-        ``perturbation`` may be overwritten.
+        With it cos(g, g_s) is measured without keeping g. ``perturbation`` may be overwritten.
         """
-        raise NotImplementedError
+        return None
 
     def combine(
         self, names: Names, grads: Tensors, descent_grads: Tensors, dot: Dot, state: State

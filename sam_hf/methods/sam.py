@@ -29,7 +29,6 @@ class SAM(Method):
   year = {2021},
   url = {https://arxiv.org/abs/2010.01412}
 }"""
-    recovers_gradient = True
 
     def direction(
         self, names: Names, weights: Tensors, grads: Tensors, dot: Dot, state: State

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 SAM_HEADINGS = {
     "method": "method method_args eta adaptive_scope params scope replay_rng freeze_norm_stats",
-    "radius": "rho target_cosine rho_schedule rho_warmup_ratio rho_min",
+    "radius": "rho target_sharpness rho_schedule rho_warmup_ratio rho_min",
     "cost": "interval start_ratio ascent_fraction trigger trigger_start trigger_end",
 }
 

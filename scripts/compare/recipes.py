@@ -74,7 +74,8 @@ class Recipe:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # an option that the method ignores
-                    SAMConfig(**self.options)
+                    # A search finds the rho that is missing here.
+                    SAMConfig(**{"sam_rho": 1.0, **self.options})
             except (TypeError, ValueError, UserWarning) as error:
                 raise InputError(f"{where}: {error}") from error
 

@@ -106,13 +106,13 @@ def test_the_sharpness_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, capsys, method):
     folder = tmp_path / "out"
-    options = [*QUICK, "--method", method, "--target_cosine", "0.8", "--output_dir", str(folder)]
+    options = [*QUICK, "--method", method, "--target_sharpness", "0.4", "--output_dir", str(folder)]
     assert cli.main(["rho", vit, *options]) == 0
     assert {f.name for f in folder.iterdir()} == {"rho.json", "rho.png", "rho.svg"}
     result = json.loads((folder / "rho.json").read_text())
     model = load_model(vit)
     objective = Objective(model, load_batches(DataOptions(examples=24, batch_size=8), model))
-    config = SAMConfig(sam_rho=None, sam_method=method, sam_target_cosine=0.8)
+    config = SAMConfig(sam_rho=None, sam_method=method, sam_target_sharpness=0.4)
     expected = radius_curve(objective, config)
     assert result["suggestion"] == pytest.approx(expected.suggestion, rel=1e-4)
     assert result["loss"] == pytest.approx(expected.loss, rel=1e-6)
@@ -127,15 +127,19 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
         "rho",
         "cosine",
     ]
-    assert len(lines[3].split()) == 5 or "about 0" in lines[3]
+    assert len(lines[3].split()) == 4 or "about 0" in lines[3]
     assert lines[-1] == (
-        "suggestion for target cosine 0.8 and batch size 8: "
-        f"--sam_method {method} --sam_rho {expected.suggestion:.3g}"
+        f"suggestion for a sharpness of {expected.goal:.3g}, the goal of the automatic radius at "
+        f"the start of a training: --sam_method {method} --sam_rho {expected.suggestion:.3g}"
     )
-    words = ["rho", vit, *options, "--rho", "1e-9", "1e-8"]
+    words = ["rho", vit, *options, "--rho", "1e-9", "1e-8", "--initial_loss", "9"]
     assert cli.main(words) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("no suggestion for target cosine 0.8 and batch size 8: the rule would")
+    goal = 0.4 * min(9 - expected.loss, expected.loss)
+    assert last == (
+        f"no suggestion for a sharpness of {goal:.3g}, the goal of the automatic radius after an "
+        "initial loss of 9: the largest rho, 1e-08, has less"
+    )
     assert len(json.loads((folder / "rho.json").read_text())["readings"]) == 2
 
 
@@ -144,7 +148,8 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
     [
         (["--rho", "0.1", "-1"], "--rho=-1.0 is not allowed. Allowed: a finite number > 0."),
         (["--rho", "x"], "argument --rho: invalid float value: 'x'"),
-        (["--target_cosine", "1"], "--target_cosine=1.0 is not allowed. Allowed: a number above 0"),
+        (["--target_sharpness", "2"], "--target_sharpness=2.0 is not allowed. Allowed: a number"),
+        (["--initial_loss", "nan"], "--initial_loss=nan is not allowed. Allowed: a finite number"),
         (
             ["--eta", "-1", "--method", "asam"],
             "--eta=-1.0 is not allowed. Allowed: a finite number",
@@ -153,8 +158,8 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
             ["--method", "asma"],
             "--method='asma' is not allowed. Allowed: one of 'sam', 'asam'. Did you mean 'asam'?",
         ),
-        (["--target_cosin", "x"], "argument --target_cosine: invalid float value: 'x'"),
-        (["--targte_cosine", "0.9"], "Did you mean --target_cosine?"),
+        (["--target_sharpnes", "x"], "argument --target_sharpness: invalid float value: 'x'"),
+        (["--targte_sharpness", "0.9"], "Did you mean --target_sharpness?"),
         (["--iterations", "3"], "unrecognized arguments: --iterations 3"),
         (["--params", "nose"], "params='nose' selects no trainable"),
         (["--output_dir", "taken"], "holds the measures of model 'other'"),

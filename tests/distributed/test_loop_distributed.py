@@ -42,6 +42,9 @@ DEEPSPEED = {
     for scope in SCOPES
     for steps in STEPS
 }
+DEEPSPEED["deepspeed-auto"] = case(
+    "deepspeed", steps=3, stage=2, dtype="float32", sam={"sam_rho": None}, updates=9
+)
 ASAM = {"sam_method": "asam", "sam_eta": 0.2}
 VASSO = {"sam_method": "vasso"}
 OTHERS = {
@@ -49,21 +52,21 @@ OTHERS = {
     "asam-sharded": case("fsdp2", steps=3, sam=ASAM),
     "some": case("ddp", steps=3, sam={"sam_params": "second"}),
     **{
-        f"auto-{layout}-{scope}": case(layout, scope, 3, sam={"sam_rho": None})
+        f"auto-{layout}-{scope}": case(layout, scope, 3, sam={"sam_rho": None}, updates=9)
         for layout in ("ddp", "fsdp2")
         for scope in SCOPES
     },
-    "auto-frozen": case("ddp by hand", "micro_batch", sam={"sam_rho": None}, is_frozen=True),
+    "auto-resumed": case("ddp", "micro_batch", sam={"sam_rho": None}, updates=9, resumed_at=6),
+    "auto-not-resumed": case("ddp", "micro_batch", sam={"sam_rho": None}, updates=9),
     "resumed": case("ddp", "micro_batch", sam=VASSO, resumed_at=2),
     "not-resumed": case("ddp", "micro_batch", sam=VASSO),
 }
 AGAINST_THE_TWIN = [name for name in OTHERS if "resumed" not in name]
 REFUSED = {
     "gsam": case("deepspeed", stage=1, dtype="float32", sam={"sam_method": "gsam"}),
-    "auto": case("deepspeed", stage=1, dtype="float32", sam={"sam_rho": None}),
     "unprepared": case("ddp", passes_unprepared=True),
 }
-QUICK = [name for name in (*CASES, *DEEPSPEED) if name.endswith("3")] + list(OTHERS)
+QUICK = [name for name in (*CASES, *DEEPSPEED) if name.endswith("3")] + ["deepspeed-auto", *OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -98,26 +101,19 @@ def test_scope_micro_batch_reduces_once_per_update_and_scope_batch_twice(name, r
         assert run[name]["reductions"] == passes * UPDATES
 
 
-def test_what_sam_reduces_itself_leaves_frozen_weights_and_the_sync_of_buffers_alone(runs):
-    for run in runs:
-        assert run["auto-frozen"]["touched"] == []
-        # SAM has reduced the first of the three updates, DDP the others.
-        assert run["auto-frozen"]["syncs_buffers"] == [True] * UPDATES
-
-
 def test_every_process_reads_the_same_metrics(runs):
     first, second = (run["ddp-batch-3"]["metrics"] for run in runs)
     assert first == second and first["sam_perturbation_norm"] == pytest.approx(RHO)
 
 
-def test_a_state_of_each_process_is_saved_and_loaded_to_the_bit(runs):
+@pytest.mark.parametrize("prefix", ["", "auto-"])
+def test_a_state_of_each_process_is_saved_and_loaded_to_the_bit(runs, prefix):
     for run in runs:
-        for name, w in run["not-resumed"]["weights"].items():
-            assert torch.equal(run["resumed"]["weights"][name], w)
+        for name, w in run[f"{prefix}not-resumed"]["weights"].items():
+            assert torch.equal(run[f"{prefix}resumed"]["weights"][name], w)
 
 
 def test_what_a_layout_cannot_do_is_refused_in_one_line(runs):
     for run in runs:
         assert "combines the gradients at w and at w + e" in run["gsam"]["error"]
-        assert "sam_rho=None compares the gradients at w and at w + e" in run["auto"]["error"]
         assert "not prepared, in 2 processes" in run["unprepared"]["error"]

@@ -43,6 +43,7 @@ def case(layout: str, scope: str = "batch", steps: int = 1, **more: Any) -> dict
     return {"layout": layout, "config": {}, "sam": sam, "args": args, **more}
 
 
+AUTO = {"sam": {"sam_rho": None}, "args": {"max_steps": 9}, "updates": 9}
 ADAPTER = {"target_modules": ["first", "second"], "r": 2}
 CASES = {
     f"{layout}-{scope}-{steps}": case(layout, scope, steps)
@@ -67,8 +68,8 @@ CASES = {
     ),
     "tied": case("fsdp2", "micro_batch", 2, model="language"),
     "asam": case("fsdp2", sam={"sam_method": "asam", "sam_eta": 0.2}),
-    "auto": case("fsdp2", steps=2, sam={"sam_rho": None}),
-    "auto-micro_batch": case("fsdp2", "micro_batch", 2, sam={"sam_rho": None}),
+    "auto": case("fsdp2", steps=2, **AUTO),
+    "auto-micro_batch": case("fsdp2", "micro_batch", 2, **AUTO),
     "each-synchronised": case(
         "fsdp2",
         steps=2,

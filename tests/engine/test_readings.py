@@ -124,11 +124,9 @@ def test_every_training_log_holds_every_reading(args, sam, expected):
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_readings_are_measured_only_where_a_log_shows_them(scope, args, expected, monkeypatch):
     measured = []
-    real = engine_update.measure_perturbation
+    real = engine_update.measure
     monkeypatch.setattr(
-        engine_update,
-        "measure_perturbation",
-        lambda *a: measured.append(trainer.state.global_step) or real(*a),
+        engine_update, "measure", lambda *a: measured.append(trainer.state.global_step) or real(*a)
     )
     sam = {"sam_scope": scope}
     trainer = sam_trainer(Classifier(), examples(16), sam=sam, max_steps=8, **args)

@@ -44,7 +44,7 @@ def test_a_trainer_of_which_no_part_can_be_taken_is_refused_in_one_line(
             Classifier(),
             examples(8),
             with_sam(trainer_class),
-            sam={"sam_scope": scope, **sam},
+            sam={"sam_rho": 0.05, "sam_scope": scope, **sam},
             gradient_accumulation_steps=steps,
         )
 

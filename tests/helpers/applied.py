@@ -76,7 +76,8 @@ class Applied:
         dot: Dot | None = None,
         guard: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.method = SAMConfig(sam_method=name, **(options or {})).build_method()
+        given = {"sam_rho": RHO, "sam_method": name, **(options or {})}
+        self.method = SAMConfig(**given).build_method()
         self.names, self.rho, self.takes_all = list(names), rho, takes_all
         self.dot, self.guard = dot, guard
         self.state: dict[str, dict[str, Tensor]] = {}

@@ -40,7 +40,6 @@ class Readings:
     e_norm: float  # |e|_2
     g_norm: float  # |g|_2
     cosine: float  # cos(g, g_s), nan where either is zero
-    growth: float  # |g_s| / |g|, of what is perturbed
     e: list[Tensor]  # per parameter, zeros where it is not perturbed
 
 
@@ -96,9 +95,7 @@ def sharpness_aware_step(
         ]
         L_s, g_s = value_and_grad(L, [w_i + e_i for w_i, e_i in zip(w, e, strict=True)])
         g_s_sum = [add(a, b) for a, b in zip(g_s_sum, g_s, strict=True)]
-        same = [None if a is None else b for a, b in zip(g, g_s, strict=True)]
-        growth = norm(same) / norm(g) if norm(g) else math.nan
-        readings.append(Readings(L_w, L_s - L_w, norm(e), norm(g), cosine(g, g_s), growth, e))
+        readings.append(Readings(L_w, L_s - L_w, norm(e), norm(g), cosine(g, g_s), e))
     return g_s_sum, readings
 
 

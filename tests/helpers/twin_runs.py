@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from reference_optimizers import clip_by_global_norm
-from reference_radius import EVERY, START, next_rho
+from reference_radius import AutomaticRadius
 from reference_sam import sam_step
 from tiny import (
     assert_same_bits,
@@ -69,22 +69,21 @@ def by_the_twin(
     rho: float | None = RHO,
     clip: float = 0.0,
     step: Any = sam_step,
-    target: float = 0.8,
+    target: float = 0.5,
     **options: Any,
 ) -> dict[str, Tensor]:
     """SGD on g_s of the float64 twin. Each update is a list of functions of the parameters.
 
-    Without a rho it is the automatic one, for this target.
+    Without a rho it is the automatic one, for this share.
     """
-    is_automatic = rho is None
-    rho = START if rho is None else rho
+    radius = AutomaticRadius(target) if rho is None else None
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, w = list(trained), [p.detach().clone() for p in trained.values()]
-    for number, shares in enumerate(updates):
+    for shares in updates:
         as_lists = [lambda w, f=f: f(dict(zip(names, w, strict=True))) for f in shares]
-        g_s, readings = step(w, as_lists, rho, **options)
-        if is_automatic and number % EVERY == 0:
-            rho = next_rho(rho, readings, target)
+        g_s, readings = step(w, as_lists, radius.rho if radius else rho, **options)
+        if radius:
+            radius.update([r.loss for r in readings], [r.sharpness for r in readings])
         g_s = clip_by_global_norm(g_s, clip)[0] if clip else g_s
         w = [w_i if g_i is None else w_i - 0.1 * g_i for w_i, g_i in zip(w, g_s, strict=True)]
     return dict(zip(names, w, strict=True))

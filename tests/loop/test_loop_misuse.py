@@ -46,7 +46,7 @@ class NeedsClosure(torch.optim.SGD):
             "sam_start_ratio=0.5 depends on the length of the run. Pass total_steps=",
         ),
         (
-            lambda m: SAM(m, sgd(m), SAMConfig(sam_rho_schedule="cosine")),
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_rho=0.1, sam_rho_schedule="cosine")),
             ValueError,
             "sam_rho_schedule='cosine' depends",
         ),
@@ -57,12 +57,12 @@ class NeedsClosure(torch.optim.SGD):
         ),
         (lambda m: SAM(m, sgd(m), total_steps=0), ValueError, "total_steps=0 is not allowed"),
         (
-            lambda m: SAM(m, sgd(m), SAMConfig(sam_ascent_fraction=0.5)),
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_rho=0.1, sam_ascent_fraction=0.5)),
             ValueError,
             "sam_ascent_fraction=0.5 leaves out whole micro-batches",
         ),
         (
-            lambda m: SAM(m, sgd(m), SAMConfig(sam_method="bilora")),
+            lambda m: SAM(m, sgd(m), SAMConfig(sam_rho=0.1, sam_method="bilora")),
             ValueError,
             "only SAMTrainer does",
         ),

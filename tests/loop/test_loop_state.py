@@ -550,7 +550,7 @@ def test_a_state_of_another_method_is_refused_and_other_options_are_told():
     state = new_sam(new_model(), sam_method="vasso").state_dict()
     with pytest.raises(ValueError, match="sam_method='vasso'"):
         new_sam(new_model()).load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"sam_rho=0.3 \(was 0.05\)"):
+    with pytest.warns(UserWarning, match=r"sam_rho=0.3 \(was None\)"):
         new_sam(new_model(), sam_method="vasso", sam_rho=0.3).load_state_dict(state)
 
 

@@ -113,8 +113,8 @@ def test_a_bad_yaml_is_refused_in_one_line(tmp_path, text, message):
         ("warmup_steps: 1e-1", "warmup_steps", 0.1),
         ("sam_rho: 5e-2", "sam_rho", 0.05),
         *(
-            (f"sam_method: {method}\nsam_method_args: {written}", "sam_method_args", value)
-            for method, written, value in (
+            (f"sam_rho: 1\nsam_method: {method}\nsam_method_args: {args}", "sam_method_args", value)
+            for method, args, value in (
                 ("looksam", "{k: 3, alpha: 5e-1}", {"k": 3, "alpha": 0.5}),
                 ("looksam", "k=3,alpha=5e-1", {"k": 3, "alpha": 0.5}),
                 ("looksam", """'{"k": 3, "alpha": 5e-1}'""", {"k": 3, "alpha": 0.5}),

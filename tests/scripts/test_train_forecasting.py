@@ -274,7 +274,7 @@ def test_each_model_trains_with_sam_and_not_as_without(tmp_path, model):
 
 def test_the_comparison_has_the_same_compute_and_both_are_tested(tmp_path, capsys):
     sam, plain = run(tmp_path, f"{SHORT} --max_steps 26 --compare_with_plain")
-    assert (sam.name, plain.name) == ("SAM (rho 0.05)", "AdamW")
+    assert (sam.name, plain.name) == ("SAM (rho auto)", "AdamW")
     assert sam.passes == plain.passes
     assert plain.epochs == 2 * sam.epochs
     assert (sam.curve_data, plain.curve_data) == ("validation", "validation")

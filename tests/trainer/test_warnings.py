@@ -146,7 +146,7 @@ class Looks(MLP):
 def test_the_draws_of_sam_ascent_fraction_follow_the_seed_of_the_arguments(accumulation, scope):
     def draws(seed: int) -> list[Tensor]:
         drawn: list[Tensor] = []
-        sam = {"sam_ascent_fraction": 0.5, "sam_scope": scope}
+        sam = {"sam_rho": 0.05, "sam_ascent_fraction": 0.5, "sam_scope": scope}
         # The data are read in their order, and the weights do not depend on the seed.
         trained(SAMTrainer, lambda: Looks(drawn), accumulation, sam=sam, seed=seed, max_steps=6)
         assert len(drawn) == 6 * accumulation and {len(x) for x in drawn} == {2}

@@ -44,7 +44,7 @@ from sam_hf.methods import METHODS
         ("sam_trigger_end", float("nan"), "a finite number"),
         ("sam_rho_schedule", "lr", "one of 'constant', 'linear', 'cosine', 'learning_rate'"),
         ("sam_rho_warmup_ratio", -0.1, "a number from 0 to 1"),
-        ("sam_rho_min", 0.1, "a number from 0 to 0.05"),
+        ("sam_rho_min", -0.1, "a finite number from 0 up"),
     ],
 )
 def test_a_bad_value_raises_with_the_field_the_value_and_what_is_allowed(field, value, allowed):
@@ -75,14 +75,14 @@ def test_an_option_of_another_method_warns_that_it_has_no_effect():
     [
         ({"sam_start_ratio": 1.0}, "sam_start_ratio=1.0 leaves no update"),
         (
-            {"sam_method": "msam", "sam_replay_rng": False},
+            {"sam_method": "msam", "sam_rho": 0.1, "sam_replay_rng": False},
             "sam_replay_rng=False has no effect with sam_method='msam'",
         ),
         ({"sam_trigger_start": 2.0}, "sam_trigger_start=2.0 has no effect with sam_trigger="),
         ({"sam_trigger_end": -2.0}, "sam_trigger_end=-2.0 has no effect with sam_trigger="),
         ({"sam_rho_min": 0.01}, "sam_rho_min=0.01 has no effect with sam_rho_schedule="),
         (
-            {"sam_rho_schedule": "learning_rate", "sam_rho_warmup_ratio": 0.1},
+            {"sam_rho": 0.1, "sam_rho_schedule": "learning_rate", "sam_rho_warmup_ratio": 0.1},
             "sam_rho_warmup_ratio=0.1 has no effect with sam_rho_schedule=",
         ),
     ],
@@ -124,7 +124,7 @@ METHOD_DEFAULTS = {
 def test_options_of_a_method_are_a_dictionary_json_or_pairs_and_mean_the_same(method, args, text):
     given = dict(args)
     for written in (given, json.dumps(args), text):
-        config = SAMConfig(sam_method=method, sam_method_args=written)
+        config = SAMConfig(sam_rho=0.1, sam_method=method, sam_method_args=written)
         assert config.sam_method_args == args
         built = config.build_method()
         for name, value in (METHOD_DEFAULTS[method] | args).items():
@@ -136,7 +136,7 @@ def test_options_of_a_method_are_a_dictionary_json_or_pairs_and_mean_the_same(me
 @pytest.mark.parametrize(("method", "defaults"), METHOD_DEFAULTS.items())
 def test_options_of_a_method_that_are_not_given_have_its_defaults(method, defaults):
     for written in ({}, None):
-        built = SAMConfig(sam_method=method, sam_method_args=written).build_method()
+        built = SAMConfig(sam_rho=0.1, sam_method=method, sam_method_args=written).build_method()
         assert {name: getattr(built, name) for name in defaults} == defaults
 
 
@@ -236,7 +236,8 @@ def test_an_option_of_one_method_is_no_field(name):
 
 @pytest.mark.parametrize(("method", "args", "text"), METHOD_ARGS)
 def test_options_of_a_method_on_the_command_line(method, args, text, tmp_path):
-    line = ["--output_dir", str(tmp_path), "--sam_method", method, "--sam_method_args"]
+    line = ["--output_dir", str(tmp_path), "--sam_rho", "0.1", "--sam_method", method]
+    line.append("--sam_method_args")
     for written in (text, json.dumps(args)):
         parser = HfArgumentParser((SAMConfig, TrainingArguments))
         config, _ = parser.parse_args_into_dataclasses([*line, written])
@@ -305,13 +306,13 @@ def test_options_that_exclude_each_other_are_refused_in_one_line_and_no_others(
 ):
     if is_excluded(METHODS[method]):
         with pytest.raises(ValueError) as caught:
-            SAMConfig(sam_method=method, **options)
+            SAMConfig(sam_rho=0.1, sam_method=method, **options)
         message = str(caught.value)
         name = message.split("=")[0]
         assert message.startswith(f"{name}={options[name]!r} is not allowed. Allowed: ")
         assert f"sam_method={method!r}" in message or "sam_trigger" in message
     else:
-        SAMConfig(sam_method=method, **options)
+        SAMConfig(sam_rho=0.1, sam_method=method, **options)
 
 
 def test_every_field_is_prefixed_and_explained():

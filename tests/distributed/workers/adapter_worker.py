@@ -117,7 +117,7 @@ def two_adapters() -> Any:
 
 def twice() -> Any:
     model = headless()
-    trainer_of(model, {"sam_method": "bilora"})
+    trainer_of(model, {"sam_method": "bilora", "sam_rho": 0.05})
     return model
 
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from layout_worker import as_on_gpus, untrained, whole
-from layouts import data, windows
+from layouts import UPDATES, data, windows
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -38,8 +38,6 @@ def prepared(case: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Model, optimizer, and the accelerator if there is one."""
     layout, steps = case["layout"], case["args"]["gradient_accumulation_steps"]
     model = untrained(case).to(getattr(torch, case.get("dtype", "float64")))
-    if case.get("is_frozen"):  # quantised weights among others, as with QLoRA
-        model.packed = torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
     if layout.endswith("by hand"):
         if layout == "ddp by hand":
             model = DistributedDataParallel(model)
@@ -86,8 +84,8 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(None, hook)
     sam = SAM(model, optimizer, SAMConfig(**case["sam"]), accelerator=accelerator)
-    losses, touched, syncs = [], [], []
-    for number, window in enumerate(windows(data("classifier").rows, steps)):
+    losses, count = [], case.get("updates", UPDATES)
+    for number, window in enumerate(windows(data("classifier").rows, steps, updates=count)):
         if number == case.get("resumed_at"):
             accelerator.register_for_checkpointing(sam)
             accelerator.save_state(str(folder / "state"))
@@ -108,11 +106,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             is_end = i == len(mine) - 1
             loss = sam.backward(lambda: model(**batch)["loss"] / steps, is_end)  # noqa: B023
             losses.append(loss)
-            touched += [
-                n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None
-            ]
             if is_end:
-                syncs.append(getattr(model, "require_forward_param_sync", None))
                 optimizer.step()
                 optimizer.zero_grad()
     return {
@@ -120,8 +114,6 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "reductions": sum(reductions),
         "metrics": sam.metrics(),
         "losses": torch.stack(losses),
-        "touched": touched,
-        "syncs_buffers": syncs,
         "type": type(model).__name__,
         "is_sharded": any(isinstance(p, DTensor) for p in model.parameters()),
     }
