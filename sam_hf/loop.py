@@ -250,8 +250,7 @@ class SAM:
 
     @property
     def _shares_state(self) -> bool:
-        is_plain = self.config.sam_rho == 0
-        return is_plain or self._layout.shares_state(self.config.sam_scope == "micro_batch")
+        return self.config.sam_rho == 0 or self._engine.method_state.is_shared
 
     def _require_step(self) -> None:
         """Refuse a second update before the optimizer step that uses what the first has kept."""
@@ -291,6 +290,7 @@ class _LoopBatch:
         )
         self.is_end = bool(sam._accelerator.sync_gradients)
         self.is_deferred = sam._subset.skips(sam._engine.micro_batches + 1, sam._steps)
+        self.divisor = sam._steps if sam._steps > 1 else None  # Accelerate divides by it
         self.loss: Tensor | None = None
         # Of the region in which `backward` was called: the engine's arithmetic stays out of it.
         kind = sam._layout.device_type

@@ -81,7 +81,11 @@ def suggestion(curve: RadiusCurve, options: Mapping[str, Any]) -> str:
     """One line: the options with the radius at which the automatic rule would settle."""
     start = options["initial_loss"]
     case = f"a sharpness of {curve.goal:.3g}, the goal of the automatic radius "
-    case += "at the start of a training" if start is None else f"after an initial loss of {start:g}"
+    case += (
+        "at the start of a training (the least: see --initial_loss)"
+        if start is None
+        else f"after an initial loss of {start:g}"
+    )
     if curve.suggestion is None:
         return f"no suggestion for {case}: {curve.reason}"
     method = f"--sam_method {options['method']}"

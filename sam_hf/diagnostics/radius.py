@@ -80,7 +80,7 @@ def radius_curve(
         ValueError: the method, a radius or `initial_loss` is not allowed, a loss at the weights is
             not finite, or there are several processes.
     """
-    config = config or SAMConfig(sam_rho=None)
+    config = config or SAMConfig()
     check_choice("sam_method", config.sam_method, METHODS)
     check_radii("rho", radii or ())
     if initial_loss is not None:

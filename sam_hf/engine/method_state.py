@@ -30,7 +30,9 @@ class MethodStateCheckpoint:
         has_rule = config.sam_trigger != "always" or config.sam_rho is None
         self._is_used = method.has_state or has_rule
         self._method, self._layout, self._parameters = config.sam_method, layout, parameters
-        self._is_shared = layout.shares_state(config.sam_scope == "micro_batch")
+        # What a rule keeps is the same on all processes.
+        each_alone = config.sam_scope == "micro_batch"
+        self.is_shared = not method.has_state or layout.shares_state(each_alone)
         self._before: tuple[int, State] = (-1, {})
 
     def keep(self, update: int) -> None:
@@ -44,7 +46,7 @@ class MethodStateCheckpoint:
 
         State shared by all processes is written only where `is_writer` is set.
         """
-        if not self._is_used or (self._is_shared and not is_writer):
+        if not self._is_used or (self.is_shared and not is_writer):
             return
         state = self._before[1] if self._before[0] == update else self.state
         flat = {
@@ -105,11 +107,11 @@ class MethodStateCheckpoint:
                         "that of a parameter of this model in this layout. Resume with the model "
                         "and the layout that wrote it, or remove the file to start empty."
                     )
-                device = (weight if weight is not None else local[0]).device
+                device = self._layout.device if weight is None else weight.device
                 # A copy: memory-mapped tensors are not aligned, and sums over them differ in order.
                 self.state.setdefault(slot, {})[name] = tensor.to(device, copy=True)
 
     def _path(self, folder: Path) -> Path:
         rank, count = self._layout.place
-        suffix = "" if self._is_shared else f"_{rank}-of-{count}"
+        suffix = "" if self.is_shared else f"_{rank}-of-{count}"
         return folder / f"{_NAME}{suffix}.safetensors"

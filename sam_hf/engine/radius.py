@@ -13,7 +13,7 @@ from ..methods.base import Radius, State
 from ..methods.lists import reading_is_free
 
 _SLOT = "radius"
-_SUMS = ("loss_sum", "rise_sum", "count")
+_SUMS = ("loss_sum", "losses", "rise_sum", "rises")
 
 
 class AutomaticRadius:
@@ -30,71 +30,83 @@ class AutomaticRadius:
     to learn keeps a small rho, so that e does not undo every step that leads away from the start;
     where hardly any loss is left, rho falls with it.
 
-    rho moves once in four perturbed updates, by their mean losses: by a factor of e at most
-    (k = 1/4). :math:`\bar L` moves by k towards them too. The share is taken of 1 % of
-    :math:`L_0` where less has been learned or is left. A negative loss counts by its size. Updates
-    with a loss that is not finite do not count. All is averaged over micro-batches and processes,
-    stays on the device, and is saved with the state of the method.
+    rho moves once in four updates that may be perturbed, by the means since it moved last: by a
+    factor of e at most (k = 1/4), within 1e-6 and 1e4. :math:`\bar L` moves by k towards them
+    too; plain updates count for it. The share is taken of 1 % of :math:`L_0` where less has been
+    learned or is left. A negative loss counts by its size. What is not finite does not count, nor
+    does a rise where e is 0 (a zero or overflowed gradient). All is averaged over micro-batches and
+    processes, stays on the device, and is saved with the state of the method.
 
     Args:
         target_sharpness: c, above 0 and at most 1.
         state: where rho and the losses are kept.
         device, dtype: of rho.
+        interval: distance in updates between two that may be perturbed.
     """
 
     START = 0.01
     GAIN = 0.25  # k
-    EVERY = 4  # perturbed updates: the losses of one are noise
+    EVERY = 4  # updates that may be perturbed: the losses of one are noise
     LIMIT = 4.0  # of a logarithm
     LEAST = 0.01  # of the first loss
+    LOWEST, HIGHEST = 1e-6, 1e4
 
     def __init__(
-        self, target_sharpness: float, state: State, device: torch.device, dtype: torch.dtype
+        self,
+        target_sharpness: float,
+        state: State,
+        device: torch.device,
+        dtype: torch.dtype,
+        interval: int = 1,
     ) -> None:
-        self._target, self._state = target_sharpness, state
+        self._target, self._state, self._interval = target_sharpness, state, interval
         self._start = torch.tensor(self.START, device=device, dtype=dtype)
         nothing = torch.zeros_like(self._start)
         unknown = nothing / 0
         self._initial = {"rho": self._start, "first_loss": unknown, "loss": unknown}
-        # Sums since rho moved last, and over how many updates.
+        # Since rho moved last: sums, and over how many updates.
         self._initial |= dict.fromkeys(_SUMS, nothing)
 
     @property
     def rho(self) -> Radius:
         """rho of the current update: a number where it can be read without waiting for a device."""
-        rho = self._values["rho"]
+        rho = self._state.get(_SLOT, self._initial)["rho"]
         return rho.item() if reading_is_free(rho) else rho
-
-    @property
-    def _values(self) -> dict[str, Tensor]:
-        found = self._state.get(_SLOT, self._initial)
-        # A checkpoint may have been loaded onto another device.
-        return {name: value.to(self._start.device) for name, value in found.items()}
 
     @torch.no_grad()
     def add(
         self,
-        number: int,
-        loss: Tensor | None,
-        rise: Tensor | None,
+        update: int,
+        loss: Tensor,
+        rises: Sequence[tuple[Tensor, Tensor | float]],
         total: Callable[[Sequence[Tensor]], Tensor],
+        scopes: int = 1,
     ) -> None:
-        """Take the losses of an update, and move rho at the end of four.
+        """Take the losses of an update, and move rho if it is time.
 
         Args:
-            number: of the update, counting those that may be perturbed.
-            loss, rise: L(w) and L(w + e) - L(w); None where this process has perturbed nothing.
+            update: its number.
+            loss: L(w).
+            rises: for each scope that this process has perturbed, what it adds to
+                L(w + e) - L(w), and a factor of e.
             total: sums numbers over the processes, all of which call this.
+            scopes: how many the update has.
         """
         nothing = torch.zeros_like(self._start)
-        numbers = [nothing, nothing, nothing]
-        if loss is not None and rise is not None:
-            is_finite = loss.isfinite() & rise.isfinite()
-            numbers = [*(torch.where(is_finite, x, 0) for x in (loss, rise)), is_finite]
-        values = self._values
+        is_finite = loss.isfinite()
+        numbers = [torch.where(is_finite, loss, 0), is_finite, nothing, nothing]
+        if rises:
+            each = torch.stack([rise for rise, _ in rises])
+            sizes = [torch.as_tensor(size, device=each.device) for _, size in rises]
+            counts = each.isfinite() & (torch.stack(sizes) != 0)
+            # The scopes that count stand for the others.
+            rise = torch.where(counts, each, 0).sum() * (scopes / counts.sum())
+            numbers[2:] = torch.where(counts.any(), rise, 0), counts.any()
+        values = dict(self._state.get(_SLOT, self._initial))
         for name, x in zip(_SUMS, total(numbers), strict=True):
             values[name] = values[name] + x
-        if number % self.EVERY == self.EVERY - 1:
+        number, rest = divmod(update, self._interval)
+        if rest == 0 and number % self.EVERY == self.EVERY - 1:
             self._move(values)
         self._state[_SLOT] = values
 
@@ -105,12 +117,14 @@ class AutomaticRadius:
 
     def _move(self, values: dict[str, Tensor]) -> None:
         # NaN if no update counts: then nothing moves.
-        loss, rise = (values[name] / values["count"] for name in ("loss_sum", "rise_sum"))
+        loss = values["loss_sum"] / values["losses"]
+        rise = values["rise_sum"] / values["rises"]
         first, before = _known(values["first_loss"], loss), _known(values["loss"], loss)
         after = _known(torch.lerp(before, loss, self.GAIN), before)
         error = self.goal(first, after).log() - rise.clamp(min=0).log()
         move = (self.GAIN * error.clamp(-self.LIMIT, self.LIMIT)).nan_to_num(0)
-        values |= {"rho": values["rho"] * move.exp(), "first_loss": first, "loss": after}
+        rho = (values["rho"] * move.exp()).clamp(self.LOWEST, self.HIGHEST)
+        values |= {"rho": rho, "first_loss": first, "loss": after}
         values |= {name: torch.zeros_like(x) for name, x in values.items() if name in _SUMS}
 
 

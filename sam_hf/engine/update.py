@@ -36,6 +36,8 @@ class MicroBatch(Protocol):
         rho: size of the perturbation; 0 where the update is plain, None for the automatic radius.
         is_end: whether it is the last micro-batch of its update.
         is_deferred: whether it has no ascent pass.
+        divisor: the number of micro-batches by which each loss is divided, if an update may have
+            fewer; None where the losses of an update add up to their mean.
     """
 
     update: int
@@ -43,6 +45,7 @@ class MicroBatch(Protocol):
     rho: float | None
     is_end: bool
     is_deferred: bool
+    divisor: int | None
 
     def plain(self) -> Tensor:
         """Run forward and backward; returns the detached loss."""
@@ -92,7 +95,11 @@ class UpdateEngine:
         self.method_state = state
         self.trigger = GradientNormTrigger.of(config, state.state)
         self.radius = AutomaticRadius(
-            config.sam_target_sharpness, state.state, layout.device, layout.accumulate_in
+            config.sam_target_sharpness,
+            state.state,
+            layout.device,
+            layout.accumulate_in,
+            interval_of(config),
         )
         self.combiner = GradientCombiner(
             self.method, state.state, layout, parameters.trained, optimizer
@@ -109,16 +116,16 @@ class UpdateEngine:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
         self._tracker, self._seed = tracker, seed
         self._each_alone = config.sam_scope == "micro_batch"
-        self._interval = interval_of(config)
         self._chosen: tuple[int, dict[str, Any], list[Tensor]] | None = None
         self._has_seen_gradient = self._has_warned_of_rounding = False
         self._passes = 0.0
         self._ascent_loss: Tensor | None = None  # of the scope
         self._finds_all_state = True  # whether a replay finds all that its recorded call found
         self._rho: Radius = 0.0  # of the update
-        # Summed over the scopes of the update.
-        self._loss: Tensor | None = None  # L(w)
-        self._sharpness: Tensor | None = None  # L(w + e) - L(w)
+        self._scale: Tensor | float = 0.0  # of the scope: e = scale * d
+        self._loss: Tensor | None = None  # of the update, if the automatic radius needs it
+        # Of the scopes of the update: the part of L(w + e) - L(w), and the scale of e.
+        self._rises: list[tuple[Tensor, Tensor | float]] = []
 
     def close(self) -> None:
         self.combiner.close()
@@ -141,6 +148,9 @@ class UpdateEngine:
         try:
             self.micro_batches += 1
             loss = self._run(batch)
+            if self.config.sam_rho is None:
+                wide = loss.float() if loss.dtype in HALF else loss
+                self._loss = wide.clone() if self._loss is None else self._loss + wide
         except BaseException:
             if self.ledger.is_lost:
                 self.discard_update()
@@ -163,7 +173,7 @@ class UpdateEngine:
         return batch.plain()
 
     def _begin_update(self) -> None:
-        self._passes, self._loss, self._sharpness = 0.0, None, None
+        self._passes, self._loss, self._rises = 0.0, None, []
         self.combiner.discard()
         if self.parameters.refresh():
             self.ledger.parameters = self.parameters.everything
@@ -172,12 +182,18 @@ class UpdateEngine:
     def _end_update(self, batch: MicroBatch) -> None:
         if batch.rho != 0 and batch.is_measured():
             self.metrics.set(rho=torch.as_tensor(self._rho, dtype=self.layout.accumulate_in))
-        if batch.rho is None:
-            losses, total = (self._loss, self._sharpness), self.layout.sum_over_processes
-            self.radius.add(batch.update // self._interval, *losses, total)
+        if batch.divisor is not None and batch.divisor != self.micro_batches:
+            factor = batch.divisor / self.micro_batches
+            self._rises = [(factor * rise, scale) for rise, scale in self._rises]
+            self._loss = None if self._loss is None else factor * self._loss
+        if self._loss is not None:
+            scopes = self.micro_batches if self._each_alone else 1
+            total = self.layout.sum_over_processes
+            self.radius.add(batch.update, self._loss, self._rises, total, scopes)
         self.metrics.add_passes(self._passes / self.micro_batches)
-        if self._sharpness is not None:
-            self.metrics.add_sharpness(self._sharpness)
+        if self._rises:
+            rises = [rise for rise, _ in self._rises]
+            self.metrics.add_sharpness(rises[0] if len(rises) == 1 else torch.stack(rises).sum())
             self.perturbed_updates += 1
         self.micro_batches = 0
 
@@ -401,9 +417,7 @@ class UpdateEngine:
             assert ascent_loss is not None
             if recorded < count:  # deferred calls are expected to have the mean loss
                 ascent_loss = ascent_loss * (count / recorded)
-            rise = descent_loss - ascent_loss
-            self._loss = ascent_loss if self._loss is None else self._loss + ascent_loss
-            self._sharpness = rise if self._sharpness is None else self._sharpness + rise
+            self._rises.append((descent_loss - ascent_loss, self._scale))
 
     def _require_no_foreign(self, is_apart: bool) -> None:
         """Refuse a foreign gradient that several processes would have to reduce apart from g_s."""
@@ -545,7 +559,7 @@ class UpdateEngine:
         if self.method.remembers_gradients:
             grads = [g.float() if g.dtype is torch.bfloat16 else g for g in grads]
             self.layout.unscale_(grads)
-        scale = self._apply(list(perturbed), perturbation, grads, dot, self._rho)
+        scale = self._scale = self._apply(list(perturbed), perturbation, grads, dot, self._rho)
         # Waits for the device until it has warned. An e of 0 (fp16 overflow) changes no weight.
         if self.layout.has_half_weights and not self._has_warned_of_rounding and float(scale) != 0:
             self._has_warned_of_rounding = True

@@ -110,6 +110,7 @@ class TrainerMicroBatch:
         self.rho = rho
         self.update, self.total_updates = trainer.state.global_step, trainer.state.max_steps
         self.is_end = training.layout.is_end_of_update
+        self.divisor: int | None = None  # the Trainer divides by the number that there is
         self._number = training.engine.micro_batches + 1
         self.is_deferred = training.subset.skips(
             self._number, trainer.current_gradient_accumulation_steps

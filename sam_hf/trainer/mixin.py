@@ -225,6 +225,8 @@ class SAMTrainerMixin(PublishingMixin):
                         f"hp_space sets {name}={value!r}, which {kind} does not have. Allowed: the "
                         "options of SAM where args is a SAMConfig, such as SAMTrainingArguments."
                     )
+            if "sam_rho" in space:  # the Trainer casts a value to the type of the one before
+                setattr(self.args, "sam_rho", None)  # noqa: B010 - an option of SAM
             return space
 
         return super().hyperparameter_search(hp_space and checked, *args, **kwargs)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, Trainer, TrainerCallback, TrainerState
 
-from sam_hf import SAM
+from sam_hf import SAM, SAMConfig
 
 BUILT_IN_POSITIONS = 512
 # Updates of a train() that are not measured: the first ones allocate, and after the first reduction
@@ -273,7 +273,7 @@ class Loop:
     def __init__(self, kind: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
         self.model, self.batches, self.args = model, batches, SimpleNamespace(max_steps=1)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-        self.sam = SAM(model, self.optimizer)
+        self.sam = SAM(model, self.optimizer, SAMConfig(sam_rho=0.05))
         self.callbacks: list[TrainerCallback] = []
         self.add_callback, self.remove_callback = self.callbacks.append, self.callbacks.remove
         steps = {"plain": self._plain, "two passes": self._two, "hand-written": self._by_hand}

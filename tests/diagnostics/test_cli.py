@@ -130,7 +130,8 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
     assert len(lines[3].split()) == 4 or "about 0" in lines[3]
     assert lines[-1] == (
         f"suggestion for a sharpness of {expected.goal:.3g}, the goal of the automatic radius at "
-        f"the start of a training: --sam_method {method} --sam_rho {expected.suggestion:.3g}"
+        "the start of a training (the least: see --initial_loss): "
+        f"--sam_method {method} --sam_rho {expected.suggestion:.3g}"
     )
     words = ["rho", vit, *options, "--rho", "1e-9", "1e-8", "--initial_loss", "9"]
     assert cli.main(words) == 0

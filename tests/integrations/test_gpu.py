@@ -182,14 +182,16 @@ class Watched:
 
 
 @pytest.mark.parametrize("how", [{}, {"bf16": True}, {"fp16": True}], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", [*METHODS, "sam", "asam"])
+@pytest.mark.parametrize("name", [*METHODS, "sam", "asam", "auto"])
 def test_the_host_does_not_wait_for_the_gpu(name, how):
     """Not even in updates that are logged; the reading itself is the Trainer's."""
     waits = {}
     for base in (Trainer, SAMTrainer):
         kind = type("WatchedTrainer", (Watched, base), {"waits": []})
-        sam = METHODS.get(name, {"sam_method": name}) | {"sam_rho": 0.05}
+        named = METHODS.get(name, {"sam_method": name})
+        sam = {"sam_rho": None} if name == "auto" else {"sam_rho": 0.05, **named}
         args = {**GPU, **SGD, **how, "gradient_accumulation_steps": 2, "logging_steps": 2}
+        args["max_steps"] = 5  # in the fourth the automatic radius moves
         sam_trainer(vit(), pictures(24), kind, sam=sam, **args).train()
         waits[base] = [len(each) for each in kind.waits]
         if base is SAMTrainer:

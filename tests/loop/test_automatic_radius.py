@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from loops import KINDS, Loop
+from loops import KINDS, Loop, new_accelerator
 from method_twins import windows
 from reference_asam import asam_step
 from reference_radius import EVERY, LEAST, LIMIT, START, K
@@ -121,6 +121,12 @@ def test_a_loop_saves_and_loads_its_radius():
     assert radius_of(other.sam) == radius_of(loop.sam) != START
 
 
+def add(radius, number: int, loss: float, *rises: float, moved: float = 1.0) -> None:
+    pairs = [(torch.tensor(rise), moved) for rise in rises]
+    stack = lambda numbers: torch.stack([x.float() for x in numbers])  # noqa: E731
+    radius.add(number, torch.tensor(loss), pairs, stack, max(len(rises), 1))
+
+
 @pytest.mark.parametrize(
     "losses, rises",
     [
@@ -140,43 +146,107 @@ def test_losses_move_the_radius_as_the_formula_says(losses, rises, target):
     twin, number = Twin(target), 0
     for loss, rise in zip(losses, rises, strict=True):
         for factor in (1.0, 1.0, 1.0, 0.5):
-            pair = torch.tensor([factor * loss, factor * rise])
-            radius.add(number, *pair, torch.stack)
+            add(radius, number, factor * loss, factor * rise)
             twin.update([factor * loss], [factor * rise])
             number += 1
             assert float(radius.rho) == pytest.approx(twin.rho, rel=1e-4)
-    assert 0.01 * math.exp(-4 * K * LIMIT) <= twin.rho != START
+    assert START * math.exp(-4 * K * LIMIT) <= twin.rho != START
 
 
-def test_updates_whose_losses_are_not_finite_do_not_count():
-    radius, twin = SAM(*small(), SAMConfig(sam_rho=None))._engine.radius, Twin(0.5)
+def test_losses_that_are_not_finite_do_not_count():
+    radius, twin = SAM(*small(), SAMConfig())._engine.radius, Twin(0.5)
     losses = [math.nan] * EVERY + [1.0, math.inf, 1.0, math.nan, 0.5, 0.5, 0.5, 0.5]
+    losses += [math.nan] * EVERY + [0.3] * EVERY
     for number, loss in enumerate(losses):
-        radius.add(number, torch.tensor(loss), torch.tensor(0.2), torch.stack)
-        twin.update([loss], [0.2])
+        # Of a finite loss, one part of two may have a rise that is not.
+        rises = (0.2, math.inf if number % 3 else 0.1)
+        add(radius, number, loss, *rises)
+        twin.update([loss], rises)
         assert float(radius.rho) == pytest.approx(twin.rho, rel=1e-5)
         assert (float(radius.rho) == pytest.approx(START)) == (number < 7)
-    for number in range(EVERY):  # a process that has perturbed nothing
-        radius.add(number, None, None, torch.stack)
-    assert float(radius.rho) == pytest.approx(twin.rho, rel=1e-5)
-    for number in range(EVERY):
-        radius.add(number, torch.tensor(0.3), torch.tensor(0.2), torch.stack)
-        twin.update([0.3], [0.2])
-    assert float(radius.rho) == pytest.approx(twin.rho, rel=1e-5)
 
 
-def test_with_an_interval_the_perturbed_updates_count():
-    model, twin = Classifier(), Twin(0.5)
-    loop = Loop("plain", model, {"sam_rho": None, "sam_interval": 3})
-    for number, (rows,) in enumerate(windows(examples(36).rows, 3, 1, 28)):
-        with torch.no_grad():
-            loss = float(model(**default_collate(rows))["loss"])
-        loop.update([rows])
-        found = loop.sam.metrics()
-        if number % 3 == 0:
-            twin.update([loss], [found["sam_sharpness"]])
-            assert radius_of(loop.sam) == pytest.approx(twin.rho, rel=1e-6)
+def test_it_stays_within_its_bounds():
+    radius = SAM(*small(), SAMConfig())._engine.radius
+    for number in range(200):
+        add(radius, number, 1.0, 1e-9)
+    assert float(radius.rho) == pytest.approx(1e4)
+    for number in range(200):
+        add(radius, number, 1.0, 1e9)
+    assert float(radius.rho) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_updates_without_a_gradient_leave_it_as_it_is(scope):
+    """A hinge loss that is met everywhere: e is 0, which tells nothing of the radius."""
+    model, optimizer = small()
+    x = torch.randn(8, 2)
+    sam = SAM(model, optimizer, SAMConfig(sam_scope=scope))
+    for number in range(40):
+        is_met = number >= 12
+        shift = 9.0 if is_met else 0.0
+        sam.backward(lambda: (1 - model(x) - shift).relu().mean())  # noqa: B023
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 12:
+            found = radius_of(sam)
+    assert radius_of(sam) == found != START
+
+
+def test_the_parts_of_an_update_that_have_a_gradient_stand_for_it():
+    radii = []
+    for shift in (None, 9.0):
+        torch.manual_seed(0)
+        model, optimizer = small()
+        x = torch.randn(8, 2)
+        sam = SAM(model, optimizer, SAMConfig(sam_scope="micro_batch"))
+        for _ in range(8):
+            for number in range(2):
+                off = shift if number and shift is not None else 0.0
+                sam.backward(lambda: (1 - model(x) - off).relu().mean() / 2, number == 1)  # noqa: B023
+        radii.append(sam._engine.radius._state["radius"])
+    one, other = radii
+    # Half of the loss is met, and so half of the goal is left; the rise is that of the whole.
+    assert float(one["first_loss"] / other["first_loss"]) == pytest.approx(2)
+    assert float(one["rho"] / other["rho"]) == pytest.approx(2 ** (K * (2 - K)), rel=1e-3)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_with_an_interval_and_a_late_start_all_losses_count(start):
+    model, twin = Classifier(), Twin(0.5, interval=3)
+    options = {"sam_rho": None, "sam_interval": 3, "sam_start_ratio": start}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam = SAM(model, optimizer, SAMConfig(**options), total_steps=60)
+    for number, (rows,) in enumerate(windows(examples(36).rows, 3, 1, 60)):
+        batch = default_collate(rows)
+        loss = sam.backward(lambda: model(**batch)["loss"])  # noqa: B023
+        optimizer.step()
+        optimizer.zero_grad()
+        found = sam.metrics()
+        is_perturbed = number % 3 == 0 and number >= 60 * start
+        twin.update([float(loss)], [found["sam_sharpness"]] if is_perturbed else [])
+        assert radius_of(sam) == pytest.approx(twin.rho, rel=1e-6)
     assert twin.rho != START
+
+
+def test_a_short_update_at_the_end_of_an_epoch_has_the_scale_of_the_others():
+    """Accelerate divides each loss by the same number, however many an update has."""
+    accelerator = new_accelerator(4)
+    torch.manual_seed(0)
+    model = Classifier()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loader = torch.utils.data.DataLoader(examples(3).rows * 6, batch_size=3)  # 6: 4 and 2
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    sam = SAM(model, optimizer, accelerator=accelerator)
+    for _ in range(4):
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = sam.backward(lambda: model(**batch)["loss"])  # noqa: B023
+                optimizer.step()
+                optimizer.zero_grad()
+    values = sam._engine.radius._state["radius"]
+    assert float(values["first_loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(values["loss"]) == pytest.approx(float(loss), rel=1e-6)
 
 
 def test_an_update_that_failed_does_not_count():
@@ -223,7 +293,8 @@ def test_a_command_line_and_yaml_say_auto(tmp_path):
     assert SAMConfig.from_pretrained(tmp_path).sam_rho is None
 
 
-def test_the_scaler_of_fp16_does_not_change_it():
+@pytest.mark.parametrize("overflows", ["loss", "gradient"])
+def test_the_scaler_of_fp16_does_not_change_it(overflows):
     """The losses do not know their scale; an overflow does not count."""
     radii = []
     for scale in (1.0, 2.0**16):
@@ -233,9 +304,15 @@ def test_the_scaler_of_fp16_does_not_change_it():
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         sam = SAM(model, optimizer, SAMConfig(**AUTO), scaler=scaler)
         for number, (rows,) in enumerate(windows(examples(36).rows, 3, 1, 12)):
-            factor = math.inf if number == 4 else 1.0
-            batch = default_collate(rows)
+            factor, batch = 1.0, default_collate(rows)
+            if number == 4 and overflows == "loss":
+                factor = math.inf
+            hook = None
+            if number == 4 and overflows == "gradient":
+                hook = model.first.weight.register_hook(lambda g: g * math.inf)
             sam.backward(lambda: factor * model(**batch)["loss"])  # noqa: B023
+            if hook is not None:
+                hook.remove()
             scaler.step(optimizer)
             scaler.update(scale)
             optimizer.zero_grad()

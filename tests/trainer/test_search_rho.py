@@ -70,6 +70,28 @@ def test_each_trial_of_a_search_trains_a_fresh_model_with_its_own_rho():
     assert all(torch.equal(spy.weights[-1][n], value) for n, value in trials.final[-1].items())
 
 
+def test_the_automatic_radius_may_be_one_of_the_values():
+    trials = Trials()
+    trainer = SAMTrainer(
+        model_init=lambda: Classifier(),
+        args=arguments(SAMTrainingArguments, sam_rho=0.3),
+        train_dataset=examples(12),
+        eval_dataset=examples(8, seed=1),
+        callbacks=[trials],
+    )
+    values = iter([0.05, "auto", 0.1])
+    for _ in range(3):
+        trainer.hyperparameter_search(
+            backend="optuna",
+            hp_space=lambda trial: {
+                "sam_rho": trial.suggest_categorical("sam_rho", [next(values)])
+            },
+            n_trials=1,
+            direction="minimize",
+        )
+    assert trials.rhos == [0.05, None, 0.1]
+
+
 def test_a_rho_that_is_not_allowed_stops_the_search():
     trainer = SAMTrainer(
         model_init=lambda: Classifier(),
