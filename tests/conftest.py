@@ -18,20 +18,24 @@ from tiny import HAS_SAMPLING
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, set_seed
 
-if not HAS_SAMPLING:  # transformers < 5.2, whose Trainer does not give SGD its optim_args either
+if not HAS_SAMPLING:  # transformers < 5.2
     Trainer._get_train_sampler = lambda self, dataset=None: SequentialSampler(
         self.train_dataset if dataset is None else dataset
     )
-    make_optimizer = Trainer.get_optimizer_cls_and_kwargs
 
-    def with_options(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-        kind, options = make_optimizer(args, model)
-        if kind is torch.optim.SGD and args.optim_args:
-            pairs = (pair.split("=") for pair in args.optim_args.split(","))
-            options |= {key.strip(): yaml.safe_load(value) for key, value in pairs}
-        return kind, options
+make_optimizer = Trainer.get_optimizer_cls_and_kwargs
 
-    Trainer.get_optimizer_cls_and_kwargs = staticmethod(with_options)
+
+def with_options(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+    """Give SGD its `optim_args`, which older Trainers (5.5 among them) do not."""
+    kind, options = make_optimizer(args, model)
+    if kind is torch.optim.SGD and args.optim_args:
+        pairs = (pair.split("=") for pair in args.optim_args.split(","))
+        options = {key.strip(): yaml.safe_load(value) for key, value in pairs} | options
+    return kind, options
+
+
+Trainer.get_optimizer_cls_and_kwargs = staticmethod(with_options)
 
 # Models of a hundred weights spend their time in waiting for a second thread.
 torch.set_num_threads(1)
