@@ -21,6 +21,8 @@ from transformers import HfArgumentParser
 from twin_runs import by_the_twin, means
 
 from sam_hf import SAM, SAMConfig, SAMTrainingArguments
+from sam_hf.engine.layout import Layout
+from sam_hf.engine.method_state import MethodStateCheckpoint
 from sam_hf.engine.radius import RadiusCheck
 from sam_hf.methods import METHODS
 
@@ -273,6 +275,17 @@ def test_an_update_that_failed_does_not_count():
 def small() -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Linear(2, 2)
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("method", "is_shared"), [("sam", True), ("vasso", False)])
+def test_what_a_rule_keeps_is_the_same_on_all_processes(method, is_shared, monkeypatch):
+    """Also where each process makes its own perturbations, so that one of them writes it."""
+    model = Classifier()
+    layout = Layout(list(model.parameters()), model)
+    monkeypatch.setattr(layout, "shares_state", lambda scope_is_micro_batch: False)
+    config = SAMConfig(sam_method=method, sam_scope="micro_batch")
+    state = MethodStateCheckpoint(config, config.build_method(), layout, {})
+    assert state.is_shared == is_shared
 
 
 @pytest.mark.parametrize("sam_rho", [None, "auto", " Auto "])
