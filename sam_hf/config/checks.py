@@ -157,7 +157,7 @@ def check_exclusions(config: Any, method: Method) -> None:
     full_g = "with sam_trigger, whose plain updates step with the gradient of the ascent pass"
     auto = config.sam_rho is None
     with_auto = "with sam_rho=None, the automatic radius (or set a number)"
-    is_hidden = f"with {name}, whose updates compute no loss at w next to one at w + e"
+    without_loss = f"with {name}, whose updates compute no loss at w next to one at w + e"
     # The option, its values that are not excluded, what excludes the others, and the message.
     rules: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         ("sam_scope", ("batch",), combines, f"with {name}, which needs g of the whole update"),
@@ -172,7 +172,7 @@ def check_exclusions(config: Any, method: Method) -> None:
         ("sam_start_ratio", (0.0,), auxiliary, no_plain),
         ("sam_rho_warmup_ratio", (0.0,), auxiliary, no_plain),
         ("sam_rho_schedule", ("constant", "linear", "cosine"), auxiliary, f"with {name}"),
-        ("sam_rho", (), auto and one_pass, f"a number {is_hidden}"),
+        ("sam_rho", (), auto and one_pass, f"a number {without_loss}"),
         ("sam_rho_schedule", ("constant",), auto, with_auto),
         ("sam_rho_warmup_ratio", (0.0,), auto, with_auto),
         ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which needs equal examples"),
