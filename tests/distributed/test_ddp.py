@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from benchmark_layouts import CollectiveCounter
-from layouts import PROCESSES, UPDATES, by_the_paper, launch
+from layouts import PROCESSES, by_the_paper, launch
 from slow import cases_to_run, slow_unless
 from tiny import Classifier
 from torch import Tensor
@@ -214,7 +214,7 @@ def test_a_compiled_model_is_compiled_in_the_first_update_only(runs, name):
     for seen in runs:
         first, *others = seen[name]["graphs"]
         assert (first > 0) == name.endswith("compiled")
-        assert others == [first] * (UPDATES - 1)
+        assert set(others) == {first}
 
 
 @quick_cases

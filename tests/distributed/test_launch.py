@@ -29,7 +29,7 @@ SMALL = "--use_cpu --max_steps 2 --logging_strategy steps --logging_steps 1 --ev
 TINY = "--config_overrides hidden_size=8,num_hidden_layers=1,num_attention_heads=2"
 IMAGES = (
     f"train_image_classification.py configs/digits_asam.yaml {SMALL} {TINY} "
-    "--per_device_train_batch_size 16"
+    "--per_device_train_batch_size 16 --sam_rho 3"
 )
 LAYERS = "--fsdp_transformer_layer_cls_to_wrap"
 PLAIN = "--compare_with_plain false"

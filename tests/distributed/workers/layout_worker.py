@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from layouts import data
+from layouts import UPDATES, data
 from sharded_models import SeldomClassifier, ShardedClassifier, TiedLanguageModel, TinyConfig
 from tiny import VOCABULARY, arguments
 from torch.distributed.tensor import DTensor
@@ -181,7 +181,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     trainer = build(case, folder)
     if case["layout"] == "deepspeed":
         watch_the_step(trainer.watch)
-    trains = case.get("trains", 1)
+    trains, updates = case.get("trains", 1), case.get("updates", UPDATES)
     for number in range(trains):
         if number:
             trainer.evaluate()  # gathers weights, and keeps some so
@@ -192,7 +192,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "shards": sum(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "weights": whole(trainer.model),
         "logs": trainer.state.log_history,
-        "is_restored": trainer.watch.is_restored and trainer.watch.updates == 3 * trains,
+        "is_restored": trainer.watch.is_restored and trainer.watch.updates == updates * trains,
     }
 
 
