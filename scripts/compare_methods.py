@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.tune:
         return tune(book, options, folder)
     rho_file = Path(options.rho_file)
-    found = read_rho_file(rho_file)
-    recipes = book.choose(options.recipes, found.get("best", {}))
+    found = {} if options.rho else read_rho_file(rho_file)
+    recipes = book.choose(options.recipes, options.rhos or found.get("best", {}))
     names = [recipe.name for recipe in recipes]
     if options.reference not in names:
         known = ", ".join(names)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     task = build_task(options)
     file = ResultsFile(folder / "results.json", task.settings)
     file.add_recipes(recipes)
-    if any(recipe.rho != book.recipes[recipe.name].rho for recipe in recipes):
+    if found and any(recipe.rho != book.recipes[recipe.name].rho for recipe in recipes):
         warn_of_other_settings(rho_file, found, task.settings)
         file.content["rho_search"] = found
     compare(recipes, task, options, file)

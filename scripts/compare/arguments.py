@@ -13,12 +13,15 @@ from common.arguments import check_range, option
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TEXT_TASKS = ("trec6", "cola", "rte", "sst2")
+SERIES_MODELS = ("samformer", "patchtsmixer", "patchtst")
 # The search for rho: its seeds, and the share of the training examples that it is scored on.
 TUNING_SEEDS, VALIDATION_SHARE = (100, 101, 102), 0.2
 # Options that have no effect on other tasks or models.
 OF_FILES = ("train_file", "validation_file", "max_eval_samples")
 OF_TEXTS = ("model_name_or_path", "max_length")
-OF_CIFAR10 = ("model", "patch_size", "augment", "labels_file", "label_column", "depth", "width")
+OF_SERIES = ("data_file", "config", "prediction_lengths", "config_overrides")
+OF_CLASSES = ("label_noise", "train_fraction", "max_train_samples")
+OF_CIFAR10 = ("patch_size", "augment", "labels_file", "label_column", "depth", "width")
 OF_REPORTS = ("from_json", "recipes", "reference", "output_dir", "task")
 
 
@@ -28,15 +31,19 @@ class Options:
 
     _argument_group_name = "comparison"
 
-    task: Literal["digits", "cifar10", "trec6", "cola", "rte", "sst2"] = option(
+    task: Literal["digits", "cifar10", "forecasting", "trec6", "cola", "rte", "sst2"] = option(
         "digits: scikit-learn's digits, a small ViT. cifar10: parquet files, a Wide-ResNet or a "
-        "small ViT. The others: parquet files, a pretrained encoder.",
+        "small ViT. forecasting: a series, a forecaster. The others: parquet files, a pretrained "
+        "encoder.",
         default="digits",
     )
     recipes: list[str] | None = option("Compare these recipes and plain training. Default: all.")
     recipes_file: str = option("YAML file.", default=str(CONFIGS / "compare_methods.yaml"))
     rho_file: str | None = option(
         "Result of --tune. configs/compare_methods_TASK_rho.json if not given."
+    )
+    rho: list[str] | None = option(
+        "NAME=RHO of recipes without one, in place of --rho_file: sam=0.7 msam=2.8."
     )
     reference: str = option("Recipe whose gain the others are a share of.", default="sam")
     seeds: list[int] | None = option("Two seeds or more. 0 1 2 3 4 if not given.")
@@ -81,9 +88,19 @@ class Options:
         "Texts are cut to this many tokens. 64 for trec6 and cola, 80 for sst2, 256 for rte if not "
         "given."
     )
-    model: Literal["wrn", "vit"] | None = option(
-        "cifar10: a Wide-ResNet (wrn, if not given) or a small ViT."
+    model: Literal["wrn", "vit", "samformer", "patchtsmixer", "patchtst"] | None = option(
+        "cifar10: a Wide-ResNet (wrn, if not given) or a small ViT. forecasting: one of the "
+        "others, that of --config if not given."
     )
+    data_file: str | None = option("forecasting: CSV or parquet file, a row for each time step.")
+    config: str = option(
+        "forecasting: YAML file of train_forecasting.py, in the folder configs.",
+        default="etth1_samformer.yaml",
+    )
+    prediction_lengths: list[int] | None = option(
+        "forecasting: time steps that are forecast; each is a level. 96 if not given."
+    )
+    config_overrides: str | None = option("forecasting: d_model=16,num_layers=2.")
     patch_size: int = option("cifar10: side of the ViT's patches.", default=4)
     augment: bool = option("cifar10: train on random crops and flips.", default=True)
     labels_file: str | None = option(
@@ -101,7 +118,9 @@ class Options:
         self.seeds = self.seeds or [0, 1, 2, 3, 4]
         self.train_fraction = self.train_fraction or [1.0]
         self._check_ranges()
-        needed = ["train_file", "validation_file"] if self.task != "digits" else []
+        self.prediction_lengths = self.prediction_lengths or [96]
+        needed = ["data_file"] if self.task == "forecasting" else []
+        needed += ["train_file", "validation_file"] if self.task in (*TEXT_TASKS, "cifar10") else []
         needed += ["model_name_or_path"] if self.task in TEXT_TASKS else []
         for name in needed if self.from_json is None else ():
             if getattr(self, name) is None:
@@ -113,7 +132,20 @@ class Options:
         self.output_dir = self.output_dir or f"outputs/compare_methods/{self.task}"
         self.rho_file = self.rho_file or str(CONFIGS / f"compare_methods_{self.task}_rho.json")
 
+    @property
+    def rhos(self) -> dict[str, float]:
+        """By the names of the recipes, of `rho`."""
+        try:
+            pairs = [text.rpartition("=")[::2] for text in self.rho or ()]
+            found = {name: float(rho) for name, rho in pairs}
+        except ValueError:
+            raise ValueError(f"--rho takes NAME=NUMBER, got {self.rho}") from None
+        if any(not 0 < rho < math.inf for rho in found.values()):
+            raise ValueError(f"--rho must be above 0 and finite, got {self.rho}")
+        return found
+
     def _check_ranges(self) -> None:
+        _ = self.rhos
         check_range(self, 0, math.inf, "timing_rounds", "dataloader_num_workers")
         from_1 = ("num_workers", "torch_num_threads", "timing_updates", "patch_size", "width")
         from_1 += ("per_device_train_batch_size", "max_train_samples", "max_eval_samples")
@@ -128,7 +160,13 @@ class Options:
             values = getattr(self, name) or []
             if any(not 0 <= value <= 1 for value in values):
                 raise ValueError(f"--{name} must be from 0 to 1, got {values}")
-        for name in ("seeds", "label_noise", "train_fraction", "label_column"):
+        for name in (
+            "seeds",
+            "label_noise",
+            "train_fraction",
+            "label_column",
+            "prediction_lengths",
+        ):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {values}: a value appears twice")
@@ -145,7 +183,12 @@ class Options:
                 raise ValueError(f"--{given[0]} has no effect {where}")
 
         model, is_text = self.model or "wrn", self.task in TEXT_TASKS
-        check(OF_FILES, self.task != "digits", "with --task digits")
+        is_series = self.task == "forecasting"
+        check(OF_SERIES, is_series, "without --task forecasting")
+        check(OF_CLASSES, not is_series, "with --task forecasting")
+        models = {"cifar10": ("wrn", "vit"), "forecasting": SERIES_MODELS}.get(self.task, ())
+        check(("model",), model in models, f"with --task {self.task}")
+        check(OF_FILES, self.task in (*TEXT_TASKS, "cifar10"), f"with --task {self.task}")
         check(OF_CIFAR10, self.task == "cifar10", "without --task cifar10")
         check(OF_TEXTS, is_text, f"without --task {', '.join(TEXT_TASKS[:-1])} or {TEXT_TASKS[-1]}")
         check(("patch_size",), model == "vit", "without --model vit")

@@ -1,4 +1,4 @@
-"""The pictures of `compare_methods.py`: gain against cost, gain at each level, sharpness."""
+"""The pictures of `compare_methods.py`: gain against cost or at each level, errors, sharpness."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from compare.estimates import mean_interval
 
 matplotlib.use("Agg")
 
@@ -50,7 +51,8 @@ def draw_gain_and_cost(comparison: Any, file: Path) -> None:
         axes.plot([], [], marker, color=color, label=group)
     unit = "Time of an update" if is_timed else "Passes of an update"
     axes.set_xlabel(f"{unit}, in units of plain training's")
-    axes.set_ylabel(f"Gain in final test {comparison.metric_in_words}, points (95 % interval)")
+    what = f"{comparison.metric_in_words}, {comparison.unit}"
+    axes.set_ylabel(f"Gain in final test {what} (95 % interval)")
     axes.set_title(comparison.title(), fontsize="medium")
     axes.grid(alpha=0.25)
     left, right = axes.get_xlim()
@@ -119,14 +121,16 @@ def draw_gains(comparison: Any, file: Path) -> None:
         if len(levels) > 1:
             axes.axhline(len(levels) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
         axes.set_title(f"over plain training with as many {what}", fontsize="medium")
-        axes.set_xlabel(f"Gain in test {comparison.metric_in_words}, points (95 % interval)")
+        what = f"{comparison.metric_in_words}, {comparison.unit}"
+        axes.set_xlabel(f"Gain in test {what} (95 % interval)")
         axes.grid(axis="x", alpha=0.25)
     grid[0][0].set_yticks(range(len(names)), names)
     grid[0][0].set_ylim(len(names) - 0.5, -0.5)
     marks = []
     for name, style in zip(others, STYLES, strict=False):
         rho = comparison.rho(name)
-        with_rho = f"{name}, rho {rho:g}" if rho is not None and "rho" not in name else name
+        is_told = isinstance(rho, float | int) and "rho" not in name
+        with_rho = f"{name}, rho {rho:g}" if is_told else name
         marks.append(_mark(with_rho, *style))
     _save(figure, file, comparison.title(), marks)
 
@@ -191,6 +195,46 @@ def draw_radius(rows: Sequence[Any], ways: Sequence[str], title: str, file: Path
     axes.grid(axis="x", alpha=0.25)
     axes.set_xlabel("Gain over plain training (95 % interval): points, or of a series % of the MSE")
     _save(figure, file, title, [_mark(way, *style) for way, style in styles.items()])
+
+
+def draw_errors(contents: Sequence[dict[str, Any]], level: str, file: Path) -> None:
+    """Save the test MSE against compute: a panel for each series, means and 95 % intervals."""
+    options = {"layout": "constrained", "squeeze": False}
+    figure, grid = plt.subplots(1, len(contents), figsize=(5.2 * len(contents), 4.2), **options)
+    styles = {"Adam": PLAIN_STYLE[0], "Adam with SAM": STYLES[1][0]}
+    for axes, content in zip(grid[0], contents, strict=True):
+        series, end = content["settings"]["file"], 0.0
+        for (label, color), recipe in zip(styles.items(), ("plain", "auto"), strict=True):
+            passes, errors = _curves(content, recipe, level)
+            bands = [mean_interval(at) for at in errors.T]
+            mean = [band.value for band in bands]
+            axes.plot(passes, mean, "o-", color=color, markersize=3, label=label)
+            low, high = ([getattr(band, end) for band in bands] for end in ("low", "high"))
+            axes.fill_between(passes, low, high, color=color, alpha=0.2, linewidth=0)
+            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{mean[-1]:.3f}", (passes[-1], mean[-1]), color=color, **place)
+            end = max(end, passes[-1])
+        axes.set_title(f"{series}, next {level.removesuffix(' steps')} hours", fontsize="medium")
+        axes.set_xlabel("Compute: forward-backward passes over the training data")
+        axes.set_xlim(0, 1.12 * end)
+        axes.grid(alpha=0.25)
+    grid[0][0].set_ylabel("Test MSE")
+    marks = grid[0][0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _curves(content: dict[str, Any], recipe: str, level: str) -> tuple[np.ndarray, np.ndarray]:
+    """Passes over the training data, and the test MSE (seeds, epochs) of the longest runs."""
+    runs = [run for run in content["runs"] if (run["recipe"], run["level"]) == (recipe, level)]
+    longest = max(run["length"] for run in runs)
+    runs = [run for run in runs if run["length"] == longest]
+    windows = content["settings"]["windows"][level][0]
+    of_epoch = -(-windows // content["settings"]["training"]["per_device_train_batch_size"])
+    updates = np.array([point["updates"] for point in runs[0]["curve"]])
+    errors = [[point["test_mse"] for point in run["curve"]] for run in runs]
+    return runs[0]["passes"] * updates / of_epoch, np.array(errors)
 
 
 def _half(gain: Any) -> float:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from common.cli import InputError, closest
+from compare.estimates import Estimate, mean_interval, paired_gain
 from compare.forecasting import LEVEL as NO_LEVEL
 from compare.plot import draw_radius
 from compare.recipes import PLAIN
-from compare.report import Estimate, in_words, markdown, mean_interval, paired_gain
+from compare.report import in_words, markdown
 from compare.results import check_results, read_json
 
 FIXED = 0.05  # of SAM, the usual radius

@@ -28,6 +28,7 @@ class Recipe:
         trainer: one of `TRAINERS`.
         optimizer: class of the other package, if that is the trainer.
         rho_of: the recipe whose search for rho this one uses; its own name if not given.
+        rho_factor: what the rho that was found is multiplied by.
         options: of `SAMConfig`, or of the other package's optimizer.
     """
 
@@ -37,6 +38,7 @@ class Recipe:
     trainer: str = "sam_hf"
     optimizer: str | None = None
     rho_of: str | None = None
+    rho_factor: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -130,9 +132,9 @@ class RecipeBook:
                 if searched not in rhos:
                     raise InputError(
                         f"recipe {recipe.name!r} has no {recipe.rho_key}, and no search has found "
-                        f"one for {searched!r}: run with --tune, or set it in {self.file}"
+                        f"one for {searched!r}: run with --tune, or give --rho {searched}=NUMBER"
                     )
-                recipe = recipe.with_rho(rhos[searched])
+                recipe = recipe.with_rho(recipe.rho_factor * rhos[searched])
             chosen.append(recipe)
         return _checked(chosen)
 

@@ -16,97 +16,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common.cli import InputError, closest
-from compare.plot import STYLES, draw_gain_and_cost, draw_gains, draw_sharpness
+from compare.estimates import Estimate, mean_interval, share
+from compare.measures import NOISE, ROUNDED_BITS
+from compare.plot import STYLES, draw_errors, draw_gain_and_cost, draw_gains, draw_sharpness
 from compare.recipes import PLAIN
-from scipy import stats
 
 LENGTH_STEP = 0.05  # longer plain runs are shared by recipes whose cost rounds to the same
-CONFIDENCE = 0.95
 # Beside the score: key of a run's record (`outer.inner` if nested), words, digits.
 MEASURES = (
     ("ece", "calibration error (ECE)", 3),
     ("nll", "negative log-likelihood", 3),
+    ("mae", "mean absolute error", 3),
+    ("selected_mse", "MSE of the epoch with the least validation error", 3),
     ("corrupted_accuracy", "accuracy on corrupted images", 3),
+    ("next_season_mse", "MSE in the following season", 3),
+    *((f"lost.rounded.{b}", f"lost with weights rounded to {b} bits", 4) for b in ROUNDED_BITS),
+    *((f"lost.noisy.{x}", f"lost with noise of {100 * x:g} % in the weights", 4) for x in NOISE),
     ("sharpness.worst_sharpness", "worst-case sharpness", 3),
     ("sharpness.adaptive_worst_sharpness", "the same, ASAM's ball", 3),
     ("sharpness.hessian_eigenvalue", "largest Hessian eigenvalue", 1),
     ("sharpness.hessian_trace", "trace of the Hessian", 0),
 )
 Some = Sequence[Any] | None
-USUAL_MEASURES = ("ece", "nll")  # shown even if no run has them
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval, infinite if the data do not bound it. NaN: not measured."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def half_width(self) -> float:
-        return (self.high - self.low) / 2
-
-    @property
-    def is_bounded(self) -> bool:
-        return math.isfinite(self.half_width)
-
-    @property
-    def is_known(self) -> bool:
-        return math.isfinite(self.value)
-
-    def show(self, digits: int = 3) -> str:
-        half = f" ± {self.half_width:.{digits}f}" if self.is_bounded else ""
-        return f"{self.value:.{digits}f}{half}" if self.is_known else "-"
-
-    def show_signed(self, digits: int = 1, factor: float = 100) -> str:
-        """By default, a difference of shares in points."""
-        value, low, high = (f"{factor * x:+.{digits}f}" for x in (self.value, self.low, self.high))
-        shown = f"{value} [{low}, {high}]" if self.is_bounded else value
-        return shown if self.is_known else "-"
-
-
-def mean_interval(values: Sequence[float]) -> Estimate:
-    """The mean and its interval by Student's t."""
-    mean = float(np.mean(values))
-    half = _quantile(len(values)) * float(stats.sem(values)) if len(values) > 1 else math.inf
-    return Estimate(mean, mean - half, mean + half)
-
-
-def paired_gain(scores: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """The mean over the seeds of score - baseline, with the interval of the paired t-test."""
-    return mean_interval(np.subtract(scores, baseline))
-
-
-def share(gains: Sequence[float], reference_gains: Sequence[float]) -> Estimate:
-    """mean(gains) / mean(reference gains), with Fieller's interval over the paired seeds.
-
-    The interval is the set of ratios r for which the paired t-test does not reject that
-    gains - r * reference_gains has the mean 0. It is unbounded if the mean of the reference's gains
-    does not differ significantly from 0; so is, by convention, that of a reference that loses.
-
-    Fieller, "Some problems in interval estimation", Journal of the Royal Statistical Society B 16,
-    1954.
-    """
-    a, b = float(np.mean(gains)), float(np.mean(reference_gains))
-    unbounded = Estimate(a / b if b else math.nan, -math.inf, math.inf)
-    if len(gains) < 2 or b <= 0:
-        return unbounded
-    (s_aa, s_ab), (_, s_bb) = np.cov(gains, reference_gains) / len(gains)
-    t2 = _quantile(len(gains)) ** 2
-    # (a - r b)^2 <= t^2 (s_aa - 2 r s_ab + r^2 s_bb), a quadratic in r.
-    square, linear, constant = b**2 - t2 * s_bb, a * b - t2 * s_ab, a**2 - t2 * s_aa
-    if square <= 0:
-        return unbounded
-    if np.allclose(gains, reference_gains, rtol=0, atol=1e-12):
-        return Estimate(1.0, 1.0, 1.0)
-    root = math.sqrt(max(linear**2 - square * constant, 0.0))
-    return Estimate(a / b, (linear - root) / square, (linear + root) / square)
-
-
-def _quantile(count: int) -> float:
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
 
 
 @dataclass
@@ -128,22 +59,36 @@ class Comparison:
         reference: recipe that, like plain training, must have run with a seed at every level.
         names: of the recipes to report; all if None.
         asked: the seeds and the levels to report; all if not given.
+        metric: key of the runs' records; the task's if None.
     """
 
     def __init__(
-        self, content: dict[str, Any], reference: str, names: Some = None, *asked: Some
+        self,
+        content: dict[str, Any],
+        reference: str,
+        names: Some = None,
+        *asked: Some,
+        metric: str | None = None,
     ) -> None:
         self.settings, self.recipes = content["settings"], content["recipes"]
         self.costs = content.get("costs", {}).get("recipes", {})
         self.metric, self.reference = self.settings.get("metric", "accuracy"), reference
+        self.lower_is_better = self.metric == "mse"
+        self.unit = "% of the MSE of plain training" if self.lower_is_better else "points"
+        self.gain_in_words = "gain, %" if self.lower_is_better else "gain"
+        self.metric = metric or self.metric
         if not content["runs"]:
             raise InputError("the results file has no runs yet")
         frame = pd.json_normalize(content["runs"])
+        for key in [key for key in frame if key.startswith(("rounded.", "noisy."))]:
+            change = frame[self.metric].astype(float) - frame[key].astype(float)
+            frame[f"lost.{key}"] = -change if self.lower_is_better else change
         for key, values in zip(("seed", "level"), asked, strict=False):
             frame = frame[frame[key].isin(values)]
         self.levels = sorted(frame["level"].unique(), key=_parse)
         self.levels_in_words = [in_words(level) for level in self.levels]
-        self.metric_in_words = self.metric.replace("_", " ").replace("matthews", "Matthews")
+        words = self.metric.replace("_", " ").replace("mse", "MSE")
+        self.metric_in_words = words.replace("matthews", "Matthews")
         both = frame[(frame["length"] == 1) & frame["recipe"].isin([PLAIN, reference])]
         done = both.groupby("seed").size().reindex(frame["seed"].unique(), fill_value=0)
         missing = (len({PLAIN, reference}) * len(self.levels) - done).sort_index()
@@ -167,12 +112,14 @@ class Comparison:
                     self.names.append(name)
 
     def title(self) -> str:
-        kind = "images" if "training_images" in self.settings else "texts"
         what = "; ".join(self.levels_in_words)
         if len(self.levels) > 4:  # too long for the title of a picture
             what = f"mean over {len(self.levels)} kinds of labels"
-        examples = f"{self.settings[f'training_{kind}']} training {kind}"
-        return f"{self.settings['task']}, {examples}, {len(self.seeds)} seeds: {what}"
+        counts = {kind: self.settings.get(f"training_{kind}") for kind in ("images", "texts")}
+        found = [f"{count} training {kind}" for kind, count in counts.items() if count]
+        if not found:
+            found = [f"{self.settings['file']}, {self.settings['model']['name']}"]
+        return f"{self.settings['task']}, {found[0]}, {len(self.seeds)} seeds: {what}"
 
     def values(self, key: str, name: str, lengths: Sequence[float] | None = None) -> np.ndarray:
         """(levels, seeds), NaN where there is none.
@@ -195,18 +142,43 @@ class Comparison:
         return [fmean(values) for values in self.values("passes", name)]
 
     def contrast(self, name: str, level: str | None = None, key: str | None = None) -> Contrast:
-        """At a level, or of the means over the levels; of the score if no key is given."""
-        key, at = key or self.metric, slice(None) if level is None else [self.levels.index(level)]
+        """At a level, or of the means over the levels.
+
+        Without a key, of the score, with gains as those of `gains`; else with differences.
+        """
+        at = slice(None) if level is None else [self.levels.index(level)]
         lengths = [plain_length([passes]) for passes in self.passes(name)]
-        arrays = self.values(key, name), self.values(key, PLAIN), self.values(key, PLAIN, lengths)
-        own, *others = (array[at].mean(0) for array in arrays)
-        pairs = [(mean_interval(other), paired_gain(own, other)) for other in others]
-        return Contrast(mean_interval(own), *pairs[0], *pairs[1])
+        own, *others = (
+            self.values(key or self.metric, *run)[at]
+            for run in ((name,), (PLAIN,), (PLAIN, lengths))
+        )
+        found = [mean_interval(own.mean(0))]
+        for other in others:
+            gains = self.gains(own, other, at) if key is None else (own - other).mean(0)
+            found += [mean_interval(other.mean(0)), mean_interval(gains)]
+        return Contrast(*found)
+
+    def gains(self, own: np.ndarray, other: np.ndarray, at: Any = slice(None)) -> np.ndarray:
+        """For each seed, the mean over the levels: positive where `own` is better.
+
+        Differences, and of an error as shares of plain training's mean error at the level.
+
+        Args:
+            own, other: scores (levels, seeds), of the levels `at`.
+        """
+        if self.lower_is_better:
+            usual = self.values(self.metric, PLAIN)[at].mean(1, keepdims=True)
+            own, other = -own / usual, -other / usual
+        return (own - other).mean(0)
 
     def share(self, name: str) -> Estimate:
         """Of the reference's gain."""
         own, ours, plain = (self.values(self.metric, n) for n in (name, self.reference, PLAIN))
-        return share((own - plain).mean(0), (ours - plain).mean(0))
+        return share(self.gains(own, plain), self.gains(ours, plain))
+
+    def share_in_words(self, name: str) -> str:
+        part = self.share(name)
+        return f"{part.value:.2f} [{part.low:.2f}, {part.high:.2f}]" if part.is_bounded else "-"
 
     def rho(self, name: str) -> float | str | None:
         options = self.recipes[name].get("options", {})
@@ -226,9 +198,9 @@ class Comparison:
         """(length, gain over the usual length) of plain training that was run at every level."""
         curve, usual = [], self.values(self.metric, PLAIN)
         for length in sorted(set(self.frame.loc[PLAIN].index.get_level_values("length"))):
-            gains = self.values(self.metric, PLAIN, [length] * len(self.levels)) - usual
-            if not np.isnan(gains).any():
-                curve.append((length, float(gains.mean())))
+            scores = self.values(self.metric, PLAIN, [length] * len(self.levels))
+            if not np.isnan(scores).any():
+                curve.append((length, float(self.gains(scores, usual).mean())))
         return curve
 
 
@@ -240,9 +212,12 @@ def plain_length(passes: Sequence[float]) -> float:
 def _parse(level: str) -> tuple[float, float, str]:
     """Minus the share of the data, the label noise (infinite for human labels), the labels.
 
-    In this order levels are shown: all data first, and human labels last.
+    In this order levels are shown: all data first, and human labels last. Of a horizon the last
+    is the number of steps, filled up with blanks.
     """
     labels, _, fraction = level.partition(" at ")
+    if level.endswith(" steps"):
+        return -1.0, math.inf, level.rjust(12)
     try:
         return -float(fraction or 1), float(labels), labels
     except ValueError:
@@ -252,7 +227,8 @@ def _parse(level: str) -> tuple[float, float, str]:
 def in_words(level: str) -> str:
     """'10 % of the data, 40 % wrong labels', or the column of the human labels."""
     part, noise, labels = _parse(level)
-    words = f"{100 * noise:g} % wrong labels" if noise < math.inf else labels.replace("_", " ")
+    is_share = noise < math.inf
+    words = f"{100 * noise:g} % wrong labels" if is_share else labels.strip().replace("_", " ")
     return words if part == -1 else f"{-100 * part:g} % of the data, {words}"
 
 
@@ -260,14 +236,13 @@ def main_table(comparison: Comparison) -> str:
     """Scores, gains and costs of each recipe."""
     metric, levels = comparison.metric_in_words, comparison.levels
     head = ["recipe", "rho", *(f"{metric}, {in_words(level)}" for level in levels)]
-    head += ["gain", "share", "gain, equal passes", "passes", "time", "memory"]
+    gain = comparison.gain_in_words
+    head += [gain, "share", f"{gain}, equal passes", "passes", "time", "memory"]
     lines = []
     for name in comparison.names:
-        rho, score, part = (
-            of(name) for of in (comparison.rho, comparison.contrast, comparison.share)
-        )
-        shown = f"{part.value:.2f} [{part.low:.2f}, {part.high:.2f}]" if part.is_bounded else "-"
-        gains = [score.gain.show_signed(), shown, score.equal_gain.show_signed()]
+        rho, score = comparison.rho(name), comparison.contrast(name)
+        gains = [score.gain.show_signed(), comparison.share_in_words(name)]
+        gains.append(score.equal_gain.show_signed())
         costs = ["-", "-"]
         if name in comparison.costs:
             median, low, high = (f"{t:.2f}" for t in comparison.time(name))
@@ -283,7 +258,7 @@ def main_table(comparison: Comparison) -> str:
 def gain_table(comparison: Comparison) -> str:
     """At each level the scores, and the gain over plain training of either length."""
     head = ["level", "recipe", comparison.metric_in_words, "plain", "plain, equal passes"]
-    head += ["gain", "gain, equal passes"]
+    head += [comparison.gain_in_words, f"{comparison.gain_in_words}, equal passes"]
     lines = []
     for level in (*comparison.levels, None) if len(comparison.levels) > 1 else comparison.levels:
         for name in [name for name in comparison.names if name != PLAIN]:
@@ -301,12 +276,52 @@ def measures_table(comparison: Comparison) -> str:
     lines = []
     for key, words, digits in MEASURES:
         found = {name: comparison.contrast(name, key=key) for name in comparison.names}
-        if key in USUAL_MEASURES or any(of.value.is_known for of in found.values()):
+        if key in comparison.frame:  # also if it is infinite in all runs
             for name, of in found.items():
                 gains = [x.show_signed(digits, 1) for x in (of.gain, of.equal_gain)]
                 gains = ["-", "-"] if name == PLAIN else gains
                 lines.append([words, name, of.value.show(digits), *gains])
     head = ["measure", "recipe", "mean", "difference to plain", "difference, equal passes"]
+    return markdown(head, lines)
+
+
+def recipes_table(comparisons: Sequence[Comparison]) -> str:
+    """A line for each recipe: its passes, its gain on each task and that gain's share."""
+    head = ["recipe", "passes"]
+    for comparison in comparisons:
+        where = comparison.settings.get("file", comparison.settings["task"])
+        head += [f"{where}: {comparison.gain_in_words}", "share"]
+    names = dict.fromkeys(name for comparison in comparisons for name in comparison.names)
+    lines = []
+    for name in names:
+        line, passes = [], []
+        for comparison in comparisons:
+            if name == PLAIN or name not in comparison.names:
+                line += ["-", "-"]
+                continue
+            passes += comparison.passes(name)
+            line += [comparison.contrast(name).gain.show_signed(), comparison.share_in_words(name)]
+        if name != PLAIN:
+            lines.append([name, f"{fmean(passes):.2f}", *line])
+    return markdown(head, lines)
+
+
+def summary_table(contents: dict[str, dict[str, Any]]) -> str:
+    """A line for each recipe of each file, with the means over its levels and seeds.
+
+    Args:
+        contents: of the files, by their names without ending.
+    """
+    head = ["file", "trained on", "recipe", "score", "plain", "plain, equal passes"]
+    head += ["gain", "gain, equal passes"]
+    lines = []
+    for file, content in contents.items():
+        found = Comparison(content, "sam")
+        for name in [name for name in found.names if name != PLAIN]:
+            at = found.contrast(name)
+            scores = [score.show() for score in (at.value, at.plain, at.longer)]
+            gains = [gain.show_signed() for gain in (at.gain, at.equal_gain)]
+            lines.append([file, found.title(), name, *scores, *gains])
     return markdown(head, lines)
 
 
@@ -349,5 +364,8 @@ def report(folder: Path, content: dict, reference: str, names: Some, *asked: Som
         files.append("gains.png")
         if draw_sharpness(comparison, folder / "sharpness.png"):
             files.append("sharpness.png")
+    if comparison.lower_is_better and "auto" in comparison.names:
+        draw_errors([content], comparison.levels[0], folder / "mse_and_compute.png")
+        files.append("mse_and_compute.png")
     print("", title, "", table, *notes, "", measures, sep="\n")
     print(f"\nsaved in {folder}: {', '.join(files)}")

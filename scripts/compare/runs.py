@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from benchmarks.benchmark_utils import Clock, peak_memory
 from common.runs import ComputeMeter
 from compare.arguments import TUNING_SEEDS
 from compare.forecasting import ForecastingOptions, ForecastingTask
-from compare.measures import RadiusMeter, finite, measure_model, scores
+from compare.measures import CurveMeter, RadiusMeter, finite, measure_model, scores, select
 from compare.recipes import PLAIN, Recipe, RecipeBook
 from compare.report import plain_length
 from compare.results import ResultsFile, RunSpec, conclude_search, read_rho_file
@@ -38,8 +38,8 @@ Wanted = Sequence[tuple[Recipe, RunSpec]]
 
 def task_of(options: Any) -> Task | ForecastingTask:
     """The task of the options, which are `Options` or `ForecastingOptions`."""
-    is_forecasting = isinstance(options, ForecastingOptions)
-    return ForecastingTask(options) if is_forecasting else build_task(options)
+    is_series = isinstance(options, ForecastingOptions)
+    return ForecastingTask(options) if is_series else build_task(options)
 
 
 def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) -> None:
@@ -55,7 +55,15 @@ def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) 
             length = plain_length([record["passes"] for record in records])
             if length != 1:
                 longer[RunSpec(PLAIN, level, seed, length)] = recipes[0]
-    run_all([(r, spec) for spec, r in longer.items()], task, options, file, "plain, equal passes")
+    # The longest first: where it passes through the others, they are read from its curve.
+    lengths = sorted({spec.length for spec in longer}, reverse=True)
+    for length in lengths if task.has_prefixes else (None,):
+        specs = [spec for spec in longer if length in (None, spec.length)]
+        for spec in specs if task.has_prefixes else ():
+            if file.find(spec) is None and (record := read_prefix(spec, lengths, file)):
+                file.add(record)
+        pairs = [(longer[spec], spec) for spec in specs]
+        run_all(pairs, task, options, file, "plain, equal passes")
 
     if options.timing_rounds == 0:
         return
@@ -69,6 +77,21 @@ def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) 
         measured = measure_costs(recipes, task, level, options)
         file.content["costs"] = {**how, "level": level, "recipes": measured}
         file.write()
+
+
+def read_prefix(spec: RunSpec, lengths: list[float], file: ResultsFile) -> dict | None:
+    """The record of a plain run, of a longer one with a constant learning rate; None if not in it.
+
+    It has the scores of the curve alone: the model is not known any more.
+    """
+    updates = round(spec.length * file.find(replace(spec, length=1.0))["updates"])
+    for length in lengths:
+        longer = file.find(replace(spec, length=length)) if length > spec.length else None
+        curve = [point for point in (longer or {}).get("curve", ()) if point["updates"] <= updates]
+        if curve and curve[-1]["updates"] == updates:
+            scores = {name: curve[-1][f"test_{name}"] for name in ("mse", "mae")}
+            return {**asdict(spec), **scores, **select(curve), "passes": 1.0, "updates": updates}
+    return None
 
 
 def tune(book: RecipeBook, options: Any, folder: Path) -> dict[str, Any]:
@@ -117,7 +140,7 @@ def build_trainer(
         dataloader_persistent_workers=loaders > 0,
         **training,
     )
-    kwargs: dict[str, Any] = {"model": task.model(spec.seed), "args": args}
+    kwargs: dict[str, Any] = {"model": task.model(spec.seed, spec.level), "args": args}
     kwargs |= {"train_dataset": train, "eval_dataset": scored, "compute_metrics": scores}
     kwargs |= {"processing_class": task.processor, **task.trainer_options}
     if recipe.trainer == PLAIN:
@@ -138,9 +161,14 @@ def train_once(recipe: Recipe, task: Task, spec: RunSpec, options: Any) -> dict[
         radius = RadiusMeter(trainer) if is_automatic else None
         if radius is not None:
             trainer.add_callback(radius)
+        sets = task.curve_sets(spec.level) if spec.tuned_rho is None else {}
+        curve = CurveMeter(trainer, sets) if sets else None
+        if curve is not None:
+            trainer.add_callback(curve)
         meter, clock, loss = train_quietly(trainer)
         measures = measure_model(trainer, task, spec, options.sharpness)
         measures |= radius.record() if radius is not None else {}
+        measures |= curve.record() if curve is not None else {}
     return {
         **asdict(spec),
         **measures,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from common.cli import InputError
 from common.data import add_symmetric_noise, draw, load_files, require_column
 from compare.arguments import OF_FILES, VALIDATION_SHARE
 from compare.corruptions import CORRUPTIONS, corrupt
+from compare.forecasting import ForecastingOptions, ForecastingTask
 from compare.measures import SHARPNESS
 from sklearn.model_selection import train_test_split
 from transformers import PreTrainedModel, set_seed
@@ -82,7 +83,8 @@ class Task:
     levels: dict[str, Level] = field(default_factory=dict)
     metric: str = "accuracy"
     eval_batch: int = 512
-    lower_is_better = False
+    lower_is_better = has_prefixes = False
+    shifted_key = "corrupted_accuracy"
     trainer_options: ClassVar[dict[str, Any]] = {}  # in addition to those of every task
 
     @property
@@ -98,7 +100,7 @@ class Task:
     def right_labels(self) -> np.ndarray:
         return np.array(self.train["labels"])
 
-    def model(self, seed: int) -> PreTrainedModel:
+    def model(self, seed: int, level: str) -> PreTrainedModel:
         """The same initial weights for the same seed."""
         set_seed(seed)
         return self.new_model()
@@ -144,7 +146,11 @@ class Task:
     def _unaugmented(self) -> Any:
         return self.prepare(self.train, False)
 
-    def corrupted_sets(self) -> dict[str, list[dict[str, Any]]]:
+    def curve_sets(self, level: str) -> dict[str, Any]:
+        """What is scored after each epoch: nothing."""
+        return {}
+
+    def shifted_sets(self, level: str) -> dict[str, list[dict[str, Any]]]:
         """Corrupted test images; for texts, nothing."""
         if self.kind == "texts":
             return {}
@@ -172,8 +178,10 @@ def _split(labels: np.ndarray, what: str, seed: int, **size: float) -> list[np.n
         raise InputError(f"{what} cannot be drawn: {error}") from error
 
 
-def build_task(options: Any) -> Task:
+def build_task(options: Any) -> Task | ForecastingTask:
     """The task that --task names; an InputError if its files are missing or do not match."""
+    if options.task == "forecasting":
+        return ForecastingTask(_forecasting(options))
     task = {"digits": _digits, "cifar10": _cifar10}.get(options.task, _texts)(options)
     for name in ("num_train_epochs", "per_device_train_batch_size", "learning_rate"):
         if getattr(options, name) is not None:
@@ -295,6 +303,17 @@ def _human_labels(
         raise InputError(f"{file}: clean_label differs from --train_file: another order of rows")
     identity = _hash(*(np.array(table[name]) for name in sorted(table.column_names)))
     return {name: column(name) for name in options.label_column}, identity
+
+
+def _forecasting(options: Any) -> ForecastingOptions:
+    """The options of a series, from those that `compare_methods.py` has for every task."""
+    own = "model config_overrides num_train_epochs per_device_train_batch_size learning_rate"
+    given = {name: getattr(options, name) for name in own.split()}
+    shared = {f.name for f in fields(ForecastingOptions)} - {"arguments"}
+    return ForecastingOptions(
+        arguments={name: value for name, value in given.items() if value is not None},
+        **{name: getattr(options, name) for name in shared},
+    )
 
 
 def _texts(options: Any) -> Task:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 
 RECIPES = {
@@ -42,6 +44,17 @@ def tiny_task() -> tuple[Any, Any]:
         use_cpu=True,
     )
     return build_task(options), options
+
+
+def series_file(folder: Path) -> Path:
+    """An hourly series in the layout of the ETT files, somewhat longer than their three parts."""
+    steps = np.arange(14_500)
+    values = np.sin(steps / 24) + 0.1 * np.random.default_rng(0).standard_normal(len(steps))
+    dates = pd.date_range("2016-07-01", periods=len(steps), freq="h")
+    (folder / "ett").mkdir(parents=True)
+    file = folder / "ett" / "series.csv"
+    pd.DataFrame({"date": dates, "OT": values}).to_csv(file, index=False)
+    return file
 
 
 def results(scores: dict[tuple[str, str, float], list[float]], **fields: Any) -> dict[str, Any]:

@@ -13,16 +13,9 @@ from common.cli import InputError
 from compare import report as comparison_report
 from compare import runs as comparison_runs
 from compare.arguments import TUNING_SEEDS
+from compare.estimates import mean_interval, paired_gain, share
 from compare.recipes import Recipe, RecipeBook
-from compare.report import (
-    Comparison,
-    gain_table,
-    mean_interval,
-    measures_table,
-    paired_gain,
-    plain_length,
-    share,
-)
+from compare.report import Comparison, gain_table, measures_table, plain_length
 from compare.results import ResultsFile, RunSpec
 from compare.runs import build_trainer, train_once
 from comparison import RECIPES, TINY, cells, results, tiny_task, two_levels, write_recipes

@@ -6,7 +6,6 @@ import json
 
 import compare_radius
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -17,7 +16,7 @@ from compare.forecasting import LEVEL, ForecastingOptions, ForecastingTask
 from compare.recipes import Recipe
 from compare.results import RunSpec
 from compare.runs import train_once
-from comparison import cells
+from comparison import cells, series_file
 from train_forecasting import main as train_forecasting
 
 TINY = {"max_train_samples": 128, "per_device_train_batch_size": 32, "num_train_epochs": 1}
@@ -48,17 +47,6 @@ def arguments(folder, tasks, *others):
     file.write_text(yaml.safe_dump({"tasks": tasks}, sort_keys=False))
     own = ["--seeds", "0", "1", "--num_workers", "1", "--use_cpu", "true"]
     return [str(file), *own, "--output_dir", str(folder / "out"), *others]
-
-
-def series_file(folder):
-    """An hourly series in the layout of the ETT files, long enough for their split of months."""
-    steps = np.arange(14_400)
-    values = np.sin(steps / 24) + 0.1 * np.random.default_rng(0).standard_normal(len(steps))
-    dates = pd.date_range("2016-07-01", periods=len(steps), freq="h")
-    (folder / "ett").mkdir(parents=True)
-    file = folder / "ett" / "series.csv"
-    pd.DataFrame({"date": dates, "OT": values}).to_csv(file, index=False)
-    return file
 
 
 @pytest.fixture(scope="module")

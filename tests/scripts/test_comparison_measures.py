@@ -10,7 +10,7 @@ import pytest
 import torch
 from compare import measures as comparison_measures
 from compare.corruptions import CORRUPTIONS, corrupt
-from compare.measures import calibration_error, scores
+from compare.measures import calibration_error, changed_weights, noisy, rounded, scores, select
 from compare.recipes import Recipe
 from compare.report import MEASURES
 from compare.results import RunSpec
@@ -81,12 +81,12 @@ def test_a_model_that_diverged_has_no_such_numbers(tmp_path):
 def test_a_run_records_its_scores_and_the_mean_accuracy_on_corrupted_images(monkeypatch):
     task, options = tiny_task()
     record = train_once(SAM, task, SPEC, options)
-    assert len(record["corruptions"]) == 10
-    assert record["corrupted_accuracy"] == pytest.approx(np.mean([*record["corruptions"].values()]))
+    assert len(record["shifts"]) == 10
+    assert record["corrupted_accuracy"] == pytest.approx(np.mean([*record["shifts"].values()]))
     assert 0 <= record["ece"] <= 1 and record["nll"] > 0
     assert record["passes"] == 2.0 and record["updates"] == 4 and "sharpness" not in record
     # While rho is tuned, the test images are not used.
-    monkeypatch.setattr(type(task), "corrupted_sets", lambda self: pytest.fail("used"))
+    monkeypatch.setattr(type(task), "shifted_sets", lambda self, level: pytest.fail("used"))
     record = train_once(SAM, task, RunSpec("sam", "0.4", 100, tuned_rho=0.1), options)
     assert "corrupted_accuracy" not in record
 
@@ -95,11 +95,53 @@ def test_no_corruption_at_all_gives_back_the_test_images(monkeypatch):
     task, _ = tiny_task()
     monkeypatch.setattr("compare.tasks.corrupt", lambda pixels, kind, severity: pixels)
     _, scored = task.sets("0.4", 1, is_tuning=False)
-    for images in task.corrupted_sets().values():
+    for images in task.shifted_sets("0.4").values():
         assert len(images) == len(scored)
         for i in (0, 7, len(images) - 1):
             assert images[i]["labels"] == scored[i]["labels"]
             torch.testing.assert_close(images[i]["pixel_values"], scored[i]["pixel_values"])
+
+
+def test_the_weights_are_changed_for_the_score_alone_and_the_same_each_time():
+    model = torch.nn.Linear(8, 4)
+    before = [p.clone() for p in model.parameters()]
+    seen = []
+    for _ in range(2):
+        with pytest.raises(KeyError), changed_weights(model, noisy, 0.05, seed=3):
+            seen.append(model.weight.detach().clone())
+            raise KeyError
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], before[0])
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_rounded_weights_are_the_nearest_of_a_symmetric_grid_for_each_channel(bits):
+    weight = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0  # a channel without a scale
+    found = rounded(weight, bits, torch.Generator())
+    for channel, new in zip(weight.double().numpy(), found.double().numpy(), strict=True):
+        step = np.abs(channel).max() / (2 ** (bits - 1) - 1)
+        expected = step * np.round(channel / step) if step else channel
+        np.testing.assert_allclose(new, expected, atol=1e-6)
+    bias = torch.randn(4)
+    assert rounded(bias, bits, torch.Generator()) is bias
+
+
+def test_the_noise_has_a_share_of_the_norm_of_its_tensor():
+    weight = torch.full((6, 7), 2.0)
+    moved = noisy(weight, 0.05, torch.Generator().manual_seed(0)) - weight
+    assert moved.norm().item() == pytest.approx(0.05 * weight.norm().item(), rel=1e-4)
+    assert moved.std() > 0
+
+
+def test_the_selected_epoch_has_the_least_validation_error():
+    errors = [(0.5, 0.40), (None, 0.1), (0.3, 0.45), (0.4, 0.30)]
+    curve = [
+        {"updates": 10 * i, "validation_mse": v, "test_mse": t, "test_mae": t / 2}
+        for i, (v, t) in enumerate(errors)
+    ]
+    assert select(curve) == {"selected_mse": 0.45, "selected_mae": 0.225, "selected_update": 20}
+    assert select(curve[1:2]) == dict.fromkeys(("selected_mse", "selected_mae", "selected_update"))
 
 
 def test_sharpness_is_that_of_the_labels_that_were_trained_on(tmp_path, monkeypatch):
