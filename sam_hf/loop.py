@@ -39,6 +39,8 @@ _SEED = 0  # of what methods choose at random: the same on all processes and in 
 class SAM:
     """Sharpness-aware updates in a training loop: `backward` replaces the loss's own.
 
+    ::
+
         sam = SAM(model, optimizer, accelerator=accelerator)
         for batch in loader:
             with accelerator.accumulate(model):
@@ -110,7 +112,7 @@ class SAM:
 
     @property
     def is_in_descent_pass(self) -> bool:
-        """Whether the closure runs at w + e: for closures that log or count."""
+        """Whether the closure runs at w + e, for closures that log or count."""
         return self.config.sam_rho != 0 and self._engine.is_in_descent_pass
 
     def backward(self, closure: Callable[[], Any], end_of_update: bool = True) -> Tensor:

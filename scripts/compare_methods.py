@@ -39,11 +39,18 @@ seeds and at one noise level, and writes --rho_file. The test examples are not u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from common.cli import InputError, OptionParser, run_script
 from compare.arguments import Options
+
+
+def default_reference(names: Iterable[str]) -> str:
+    """SAM, or if it is not compared, the first recipe that is not plain training."""
+    others = [name for name in names if name != "plain"]
+    return "sam" if "sam" in others or not others else others[0]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -61,7 +68,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     folder = Path(options.output_dir)
     if options.from_json is not None:
         content = read_results(Path(options.from_json))
-        report(folder, content, options.reference, options.recipes)
+        reference = options.reference or default_reference(options.recipes or content["recipes"])
+        report(folder, content, reference, options.recipes)
         return content
 
     from compare.runs import compare, tune
@@ -75,9 +83,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     found = {} if options.rho else read_rho_file(rho_file)
     recipes = book.choose(options.recipes, options.rhos or found.get("best", {}))
     names = [recipe.name for recipe in recipes]
-    if options.reference not in names:
+    reference = options.reference or default_reference(names)
+    if reference not in names:
         known = ", ".join(names)
-        raise InputError(f"--reference {options.reference!r} is none of the recipes: {known}")
+        raise InputError(f"--reference {reference!r} is none of the recipes: {known}")
     task = build_task(options)
     file = ResultsFile(folder / "results.json", task.settings)
     file.add_recipes(recipes)
@@ -85,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         warn_of_other_settings(rho_file, found, task.settings)
         file.content["rho_search"] = found
     compare(recipes, task, options, file)
-    asked = (options.reference, options.recipes, options.seeds, list(task.levels))
+    asked = (reference, options.recipes, options.seeds, list(task.levels))
     report(folder, file.content, *asked)
     return file.content
 

@@ -184,7 +184,7 @@ class SAMConfig:
             **overrides: `sam_*` fields that replace those of the file.
 
         Returns:
-            A `SAMConfig`, also when called on a subclass that needs more than the file holds:
+            A `SAMConfig`, also when called on a subclass that needs more than the file holds, as in
             `SAMTrainingArguments(output_dir=..., **SAMConfig.from_pretrained(...).to_sam_dict())`.
 
         Raises:

@@ -16,10 +16,10 @@ class GradientNoise:
     """Variance of per-example gradients, in relation to the mean gradient.
 
     Args:
-        squared_norm: unbiased estimate of |G|², G the expected gradient. Noise can make it < 0.
+        squared_norm: unbiased estimate of ``|G|²``, G the expected gradient. Noise can make it < 0.
         noise: tr Σ, the trace of the covariance of the gradient of one example.
-        scale: tr Σ / |G|², the simple noise scale, in examples: noise dominates the gradients of
-            much smaller batches. Infinite if the estimate of |G|² is not positive.
+        scale: ``tr Σ / |G|²``, the simple noise scale, in examples: noise dominates the gradients
+            of much smaller batches. Infinite if the estimate of ``|G|²`` is not positive.
     """
 
     squared_norm: float

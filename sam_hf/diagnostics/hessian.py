@@ -15,7 +15,7 @@ class Eigenpairs:
 
     Args:
         values: the eigenvalues λ.
-        residuals: |H v - λ v| of each pair. H has an eigenvalue within this distance of λ.
+        residuals: ``|H v - λ v|`` of each pair. H has an eigenvalue within this distance of λ.
         vectors: the eigenvectors v, each with one tensor for each of the objective's `names`.
         iterations: number of Hessian-vector products computed.
     """

@@ -26,7 +26,7 @@ class RadiusReading:
     """Effect of one radius: means over the batches. Each batch has its own e.
 
     Args:
-        rho: the radius, |e| in the method's norm.
+        rho: the radius, ``|e|`` in the method's norm.
         cosine: cos(g, g_s), with g the gradient at w and g_s that at w + e.
         sharpness: L(w + e) - L(w), in units of the loss.
     """

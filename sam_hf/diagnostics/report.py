@@ -80,8 +80,8 @@ def measure(objective: Objective, plan: Plan | None = None) -> dict[str, float]:
     """Compute the sharpness measures that a plan selects, by default all.
 
     Returns:
-        Values by name. Measures in ASAM's ball have the prefix "adaptive_", standard errors the
-        suffix "_error", and residuals of eigenvalues the suffix "_residual".
+        Values by name. Measures in ASAM's ball have the prefix `adaptive_`, standard errors the
+        suffix `_error`, and residuals of eigenvalues the suffix `_residual`.
 
     Raises:
         ValueError: the loss at the weights is not finite, or `plan.m` does not fit the batches.

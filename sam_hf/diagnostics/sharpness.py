@@ -18,10 +18,10 @@ class Ball:
     Args:
         rho: the radius ρ > 0.
         adaptive: False: T = 1, the ball of SAM (Foret et al. 2021,
-            https://arxiv.org/abs/2010.01412, eq. 1). True: T = |w| + eta elementwise, the ball of
-            ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.11600, section 3) with
+            https://arxiv.org/abs/2010.01412, eq. 1). True: ``T = |w| + eta`` elementwise, the ball
+            of ASAM (Kwon et al. 2021, https://arxiv.org/abs/2102.11600, section 3) with
             `sam_adaptive_scope="all"`.
-        eta: η >= 0, added to |w| so that weights equal to 0 are perturbed too.
+        eta: η >= 0, added to ``|w|`` so that weights equal to 0 are perturbed too.
 
     Raises:
         ValueError: rho or eta is not allowed.

@@ -12,7 +12,7 @@ Floats = list[float]
 Named = Mapping[str, Tensor]
 
 Direction = tuple[Tensors, Tensor]
-"""A direction d, and its squared norm |d|*^2."""
+"""A direction d, and its squared norm ``|d|*^2``."""
 
 Dot = Callable[[Tensors, Tensors], Tensor]
 """``dot(xs, ys)``: the inner product over all tensors and all shards, a 0-dimensional tensor."""
@@ -39,14 +39,14 @@ def option(default: Any, *, help: str, choices: Collection[str] = (), **limits: 
 
 @dataclass(frozen=True)
 class Method:
-    """A perturbation e = ± rho d / |d|*, and the gradient that the optimizer gets.
+    """A perturbation ``e = ± rho d / |d|*``, and the gradient that the optimizer gets.
 
     A method is a frozen dataclass. Fields declared with `option` are the keys that it takes in
     ``sam_method_args``; others, such as ASAM's ``eta``, are filled from ``SAMConfig.sam_eta``.
 
     A method sees lists of tensors, one entry for each parameter with a gradient, and ``dot``. It
     does not know on which devices or processes the tensors are, and it must not read a value from
-    the device: the scaling by rho / |d|*, and the rule that a zero or non-finite norm perturbs
+    the device: the scaling by ``rho / |d|*``, and the rule that a zero or non-finite norm perturbs
     nothing, are applied by the engine, once for all methods.
 
     Every method that perturbs defines `direction`. The class attributes below declare which other
@@ -58,7 +58,7 @@ class Method:
     perturbs: ClassVar[bool] = True
     """There is a pass at w + e. Otherwise the only pass is at w; the method acts at the step."""
     combines: ClassVar[bool] = False
-    """`combine` needs g next to g_s: g is kept in the descent pass (one copy of the gradient)."""
+    """`combine` needs g next to g_s; g is kept in the descent pass (one copy of the gradient)."""
     reuses: ClassVar[bool] = False
     """Some updates have one pass (`should_perturb`), whose gradient is changed by `reuse`."""
     chooses: ClassVar[bool] = False
@@ -66,16 +66,16 @@ class Method:
     acts_on_step: ClassVar[bool] = False
     """`before_step` or `after_step` is called at the optimizer step."""
     along_momentum: ClassVar[bool] = False
-    """e = - rho d / |d|* with d made of the optimizer's momentum, which `direction` gets instead
-    of g. An update has one pass, at w + e."""
+    """``e = - rho d / |d|*`` with d made of the optimizer's momentum, which `direction` gets
+    instead of g. An update has one pass, at w + e."""
     keeps_direction: ClassVar[bool] = False
     """The tensors that `direction` returns are needed later and must not be overwritten."""
     has_state: ClassVar[bool] = False
     """The method keeps a `State` between updates."""
     remembers_gradients: ClassVar[bool] = False
-    """The state is made of g: g is given in fp32 and without the changing loss scale of fp16."""
+    """The state is made of g, given in fp32 and without the changing loss scale of fp16."""
     reports_shares: ClassVar[bool] = False
-    """The logs show the shares of |e|^2 on norms, biases, embeddings and matrices."""
+    """The logs show the shares of ``|e|^2`` on norms, biases, embeddings and matrices."""
     needs_adapters: ClassVar[bool] = False
     """The model must have LoRA adapters."""
     needs_auxiliary: ClassVar[bool] = False
@@ -108,7 +108,7 @@ class Method:
     def direction(
         self, names: Names, weights: Tensors, grads: Tensors, dot: Dot, state: State
     ) -> Direction:
-        """Direction d of the perturbation and its squared norm |d|*^2.
+        """Direction d of the perturbation and its squared norm ``|d|*^2``.
 
         Args:
             names: names of the perturbed parameters.
@@ -119,7 +119,7 @@ class Method:
             state: the method's state, to be updated.
 
         Returns:
-            d, shaped like ``weights`` (its scale does not matter), and |d|*^2, a 0-dimensional
+            d, shaped like ``weights`` (its scale does not matter), and ``|d|*^2``, a 0-dimensional
             tensor. d is overwritten unless the method `keeps_direction`.
         """
         raise NotImplementedError

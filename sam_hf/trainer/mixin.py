@@ -34,7 +34,7 @@ class SAMTrainerMixin(PublishingMixin):
     Args:
         sam_config: the options. By default they are read from `args` if that is a `SAMConfig` too
             (`SAMTrainingArguments`); otherwise they are `SAMConfig()`.
-        *args, **kwargs: passed on to the Trainer class.
+        args, kwargs: passed on to the Trainer class.
 
     Raises:
         TypeError: a class is made in which the mixin comes after Trainer, where it would do
@@ -95,7 +95,7 @@ class SAMTrainerMixin(PublishingMixin):
 
     @property
     def sam_config(self) -> SAMConfig:
-        """The options in force: those in `args` if it has any, so that a search can set them."""
+        """The options in force, those in `args` if it has any, so that a search can set them."""
         return self.args if isinstance(self.args, SAMConfig) else self._sam_config
 
     @property

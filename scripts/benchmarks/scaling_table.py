@@ -26,7 +26,7 @@ GPUS = (8, 64, 512)
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the seconds rest on. Those of the README are the defaults."""
+    """What the seconds rest on. Those of docs/evidence/scaling.md are the defaults."""
 
     tokens: int = 8192  # of one micro-batch on one GPU
     micro_batches: int = 1  # in an update

@@ -45,7 +45,9 @@ class Options:
     rho: list[str] | None = option(
         "NAME=RHO of recipes without one, in place of --rho_file: sam=0.7 msam=2.8."
     )
-    reference: str = option("Recipe whose gain the others are a share of.", default="sam")
+    reference: str | None = option(
+        "Recipe whose gain the others are a share of. If not given, sam, or without it the first."
+    )
     seeds: list[int] | None = option("Two seeds or more. 0 1 2 3 4 if not given.")
     label_noise: list[float] | None = option(
         "Shares of wrong training labels. 0 0.2 0.4 0.6 for digits, 0 0.4 for cifar10 and 0 0.2 "

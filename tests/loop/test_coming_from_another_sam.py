@@ -1,4 +1,4 @@
-"""The loops of docs/coming_from_another_sam.md run, and give the numbers that the page says."""
+"""The loops of docs/guides/coming_from_another_sam.md run and give the numbers of the page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 
 from sam_hf import SAM, SAMConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "coming_from_another_sam.md"
+PAGE = Path(__file__).parents[2] / "docs/guides/coming_from_another_sam.md"
 BLOCKS = dict(re.findall(r"```python\n# after: (.+)\n((?:(?!```)[\s\S])+)```", PAGE.read_text()))
 UPDATES = 20
 

@@ -112,7 +112,7 @@ def test_under_fsdp2_both_scopes_send_twice_and_one_number(tmp_path, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_under_deepspeed_the_bytes_are_those_of_the_table_of_the_readme(tmp_path, sizes, stage):
+def test_under_deepspeed_the_bytes_are_those_of_the_table_of_the_docs(tmp_path, sizes, stage):
     pytest.importorskip("deepspeed")
     rows = launch(f"zero{stage}", tmp_path)[0]["rows"]
     for name, scope in (("plain", "plain"), ("sam", "batch"), ("sam, micro_batch", "micro_batch")):
@@ -171,7 +171,8 @@ def folders(tmp_path) -> dict[str, list[str]]:
 
 
 def gpu_commands() -> list[list[str]]:
-    block = (ROOT / "README.md").read_text().split("<!-- gpu -->\n```bash\n")[1].split("\n```")[0]
+    page = (ROOT / "docs/guides/cost.md").read_text("utf-8")
+    block = page.split("<!-- gpu -->\n```bash\n")[1].split("\n```")[0]
     return [shlex.split(line) for line in block.splitlines() if line]
 
 

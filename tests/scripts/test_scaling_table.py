@@ -1,4 +1,4 @@
-"""The costs on paper: counted again one message after the other, and the README's tables."""
+"""The costs on paper: counted again one message after the other, and the tables of the docs."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_sam_computes_twice_as_much():
     assert {flops(m, 7e9, 100) for m in ("batch", "micro_batch")} == {12 * 7e9 * 100}
 
 
-def test_the_readme_shows_what_the_script_prints(capsys):
+def test_the_page_on_scaling_shows_what_the_script_prints(capsys):
     main([])
     formulas, numbers = capsys.readouterr().out.strip().split("\n\n")
-    readme = (ROOT / "README.md").read_text()
-    assert f"<!-- formulas -->\n{formulas}\n\n" in readme
-    assert f"<!-- numbers -->\n{numbers}\n\n" in readme
+    page = (ROOT / "docs/evidence/scaling.md").read_text("utf-8")
+    assert f"<!-- formulas -->\n{formulas}\n\n" in page
+    assert f"<!-- numbers -->\n{numbers}\n\n" in page
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--micro_batches", "--tflops", "--between"])

@@ -1,0 +1,114 @@
+"""Write the tables of docs/evidence/ from the files in docs/results/, which hold every run.
+
+    python scripts/evidence_tables.py            # after a file of docs/results/ has changed
+    python scripts/evidence_tables.py --check    # list the pages that differ; exit 1 if one does
+
+A table follows a line `<!-- table: FILE KIND -->`. FILE is the name of a file of docs/results/
+without its ending, a `results.json` of `compare_methods.py`, or several with commas between. KIND:
+
+    main        scores, gains and costs of each recipe
+    gain        gains at each level
+    measures    calibration, robustness and sharpness
+    recipes     each recipe's cost, and its gain and share of SAM's on each of the files
+    summary     a line for each recipe of each file: the means over the levels
+    mse         forecasts: the errors of the last epoch
+    selected    forecasts: the errors of the epoch with the least validation error
+    radius      of a `results.json` of `compare_radius.py`
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from compare import radius, series
+from compare.report import (
+    Comparison,
+    gain_table,
+    main_table,
+    measures_table,
+    recipes_table,
+    summary_table,
+)
+from compare.results import read_results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = ROOT / "docs" / "evidence"
+_PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(?:\|.*\n)*")
+
+
+def of_one(make: Callable[[Comparison], str]) -> Callable[[list[Path]], str]:
+    def table(files: list[Path]) -> str:
+        (file,) = files
+        comparison = Comparison(read_results(file), "sam")
+        if comparison.notes:
+            raise ValueError(f"{file.name}: {comparison.notes[0]}: finish them, or remove them")
+        return make(comparison)
+
+    return table
+
+
+def radius_table(files: list[Path]) -> str:
+    (file,) = files
+    tasks = radius.read_study(file, None).items()
+    return radius.table([row for name, content in tasks for row in radius.rows(name, content)])
+
+
+TABLES: dict[str, Callable[[list[Path]], str]] = {
+    "main": of_one(main_table),
+    "gain": of_one(gain_table),
+    "measures": of_one(measures_table),
+    "recipes": lambda files: recipes_table([Comparison(read_results(f), "sam") for f in files]),
+    "summary": lambda files: summary_table({f.stem: read_results(f) for f in files}),
+    "mse": lambda files: series.table([read_results(f) for f in files], "mse"),
+    "selected": lambda files: series.table([read_results(f) for f in files], "selected_mse"),
+    "radius": radius_table,
+}
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """The text with each table made from its files.
+
+    Raises:
+        ValueError: a mark names no file or kind, or runs are missing.
+    """
+
+    def table(place: re.Match[str]) -> str:
+        mark, names, kind = place.group(1, 2, 3)
+        files = [folder / f"{name}.json" for name in names.split(",")]
+        missing = [file.name for file in files if not file.exists()]
+        if kind not in TABLES or missing:
+            reason = f"no file {missing[0]} in {folder.name}/" if missing else f"no kind {kind!r}"
+            raise ValueError(f"{mark.strip()}: {reason}; the kinds are {', '.join(TABLES)}")
+        return f"{mark}{TABLES[kind](files)}\n"
+
+    return _PLACE.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args(argv).check
+    differ = False
+    for page in sorted(PAGES.glob("*.md")):
+        old = page.read_text("utf-8")
+        new = with_tables(old, RESULTS)
+        differ |= new != old
+        if check and new != old:
+            print(f"{page.name} has tables that differ from docs/results/", file=sys.stderr)
+        elif new != old:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page.name}: written")
+    if not differ:
+        print("the tables are those of the files")
+    return int(check and differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
