@@ -47,6 +47,7 @@ BUILT_IN: dict[str, Callable[[], PreTrainedConfig]] = {
         num_key_value_heads=4,
     ),
     "vit-base": lambda: transformers.ViTConfig(num_labels=1000),
+    "bert-base": transformers.BertConfig,
 }
 
 # ------------------------------------------------------------------------------- model and examples

@@ -167,7 +167,7 @@ def folders(tmp_path) -> dict[str, list[str]]:
         intermediate_size=32,
     )
     small.save_pretrained(tmp_path)
-    return {"vit-base": ["--model", str(tmp_path)], "decoder-1b": TINY[:2]}
+    return {"vit-base": ["--model", str(tmp_path)], "decoder-1b": TINY[:2], "bert-base": TINY[:2]}
 
 
 def gpu_commands() -> list[list[str]]:
@@ -186,7 +186,16 @@ def test_the_commands_for_a_gpu_say_what_they_are_to_measure():
     commands = [" ".join(command) for command in gpu_commands()]
     assert all(c.startswith("python scripts/benchmarks/benchmark_step.py") for c in commands)
     assert all("--device cuda" in c for c in commands)
-    for wanted in ("vit-base", "decoder-1b", "bf16", "fp16", "--torch_compile", "--layout"):
+    for wanted in [
+        "vit-base",
+        "bert-base",
+        "decoder-1b",
+        "bf16",
+        "fp16",
+        "--torch_compile",
+        "--layout",
+        "--steady",
+    ]:
         assert any(wanted in c for c in commands), wanted
 
 
@@ -202,6 +211,7 @@ def test_the_commands_for_a_gpu_run_on_a_cpu(command, folders, capsys, monkeypat
     arguments = re.sub(r"--(model|batch_size|sequence_length|rounds) \S+", "", arguments).split()
     small = [*folders[given["model"]], "--batch_size", "1", "--sequence_length", "8"]
     small += ["--rounds", "1", "--imports", "0", "--threads", "1"]
+    small += ["--updates", "2"] if given["steady"] else []
     if given["torch_compile"]:
         small += ["--torch_compile_backend", "aot_eager"]
     if given["layout"] != "one":  # these are launched above
