@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         module = importlib.import_module(f".{_MODULES[name]}", __name__)
-    except AttributeError as error:  # which Python would take for "no attribute" of this module
+    except AttributeError as error:  # Python would report a missing attribute of this module
         raise ImportError(f"{__name__}.{_MODULES[name]} cannot be imported: {error}") from error
     return getattr(module, name)
 

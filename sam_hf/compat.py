@@ -1,6 +1,6 @@
-"""What differs between the versions of torch, transformers and huggingface_hub that are supported.
+"""Differences between the supported versions of torch, transformers and huggingface_hub.
 
-Each entry says with which lowest version it can go, as far as versions were tried.
+Each docstring names the lowest version, as far as tested, from which the function can be dropped.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import transformers
 
 
 def precision_settings() -> list[tuple[Any, str, Any]]:
-    """Attributes that decide on TF32: object, name, and the value that forbids it.
+    """Attributes that control TF32: object, name, and the value that disables it.
 
-    The global one first, since those of single operations may inherit from it.
-    torch 2.11: `fp32_precision` alone.
+    The global one comes first, since those of single operations may inherit from it.
+    From torch 2.11: only `fp32_precision` is needed.
     """
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
@@ -30,7 +30,7 @@ def precision_settings() -> list[tuple[Any, str, Any]]:
 def reset_fsdp(outermost: Any) -> None:
     """Drop the weights that FSDP2 has gathered or has started to gather, after a failed pass.
 
-    torch 2.13: `FSDPModule.reset_iter_state` alone.
+    From torch 2.13: only `FSDPModule.reset_iter_state` is needed.
     """
     if hasattr(outermost, "reset_iter_state"):
         outermost.reset_iter_state()
@@ -45,7 +45,7 @@ def reset_fsdp(outermost: Any) -> None:
         each._modules_to_run_forward.clear()
         each._training_state = TrainingState.IDLE
         if (group := each._fsdp_param_group) is not None:
-            group._training_state = TrainingState.IDLE  # in FORWARD it would only put the wait off
+            group._training_state = TrainingState.IDLE  # in FORWARD it would only defer the wait
             if group._all_gather_result is not None:
                 group.wait_for_unshard()
             group._post_forward_indices.clear()
@@ -54,14 +54,14 @@ def reset_fsdp(outermost: Any) -> None:
 
 
 def supports_fsdp2() -> bool:
-    """Whether updates of sharded weights are exact with this torch. torch 2.11: always."""
+    """Whether updates of sharded weights are exact with this torch. From torch 2.11: always."""
     return _version(torch) >= (2, 11)
 
 
 def saves_within_updates(args: Any) -> bool:
     """Whether a signal may make a checkpoint in the middle of an update.
 
-    transformers 5.5: `args.enable_jit_checkpoint` alone.
+    From transformers 5.5: only `args.enable_jit_checkpoint` is needed.
     """
     return bool(getattr(args, "enable_jit_checkpoint", False))
 
@@ -69,7 +69,7 @@ def saves_within_updates(args: Any) -> bool:
 def load_first_adapter(model: Any, checkpoint: str) -> None:
     """Load the first of several adapters of a PEFT model, after the Trainer has loaded the others.
 
-    transformers 5.23: the Trainer alone.
+    From transformers 5.23: the Trainer loads it.
     """
     is_there = os.path.isfile(os.path.join(checkpoint, "adapter_config.json"))
     if is_there and _version(transformers) < (5, 23):
@@ -77,9 +77,9 @@ def load_first_adapter(model: Any, checkpoint: str) -> None:
 
 
 def upload_exclusions(*patterns: str) -> list[str]:
-    """What `hf upload` takes in order to leave out the files that match one of the patterns.
+    """Arguments of `hf upload` that exclude the files matching one of the patterns.
 
-    huggingface_hub 1.0: the option is repeated. Before, the last one would replace the others.
+    From huggingface_hub 1.0: the option is repeated. Before, the last one would replace the others.
     """
     if _version(huggingface_hub) < (1, 0):
         return ["--exclude", *patterns]

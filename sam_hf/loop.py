@@ -1,4 +1,4 @@
-"""`SAM`, for training loops of the user's own."""
+"""`SAM`, for custom training loops."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from .engine.subset import AscentSubset
 from .engine.update import UpdateEngine
 from .methods.base import State
 
-_SEED = 0  # of what methods choose at random: the same on all processes and in a resumed run
+_SEED = 0  # of the methods' random choices: the same on all processes and in a resumed run
 
 
 class SAM:
-    """Sharpness-aware updates in a training loop: `backward` replaces the loss's own.
+    """Sharpness-aware updates in a training loop: `sam.backward` replaces `loss.backward`.
 
     ::
 
@@ -49,15 +49,15 @@ class SAM:
                 optimizer.zero_grad()
 
     Without Accelerate, leave `accelerator` out; clipping, `optimizer.step()`, the scheduler and
-    `zero_grad()` stay the loop's own in both cases. Several models that are trained in one loop (a
+    `zero_grad()` stay in the loop in both cases. Several models that are trained in one loop (a
     GAN) need one `SAM` each; gradients that one model's loss leaves in parameters of another
-    optimizer are those of both passes, so clear them before they are used. A model has one
+    optimizer come from both passes, so clear them before they are used. A model has one
     optimizer and one `SAM`.
 
     Args:
         model: the model as the loop calls it: as `accelerator.prepare` returned it, or plain,
             compiled, in DDP, or sharded with `fully_shard`.
-        optimizer: the optimizer that steps it, likewise.
+        optimizer: the optimizer of the model, likewise prepared or plain.
         config: the options; `SAMConfig()` if None.
         accelerator: the `Accelerator` that prepared both.
         scaler: the `torch.amp.GradScaler` of a loop without Accelerate.
@@ -65,7 +65,7 @@ class SAM:
 
     Raises:
         TypeError: `model` is not a module, or `optimizer` not an optimizer.
-        ValueError: an option, the optimizer or the layout is not supported, with the way out.
+        ValueError: an option, the optimizer or the layout is not supported; says what to change.
     """
 
     def __init__(
@@ -116,20 +116,19 @@ class SAM:
         return self.config.sam_rho != 0 and self._engine.is_in_descent_pass
 
     def backward(self, closure: Callable[[], Any], end_of_update: bool = True) -> Tensor:
-        """Compute the gradients of an update's micro-batch, in the place of ``loss.backward()``.
+        """Compute the gradients of a micro-batch, instead of ``loss.backward()``.
 
         The closure runs at w, and at the end of the update again at w + e, for all micro-batches of
-        the update (in scope `micro_batch`: for each one at once). The second pass finds the
-        variables, the random numbers and the modules' state that the first one found, so that a
-        loop may rebind `batch`. Afterwards `.grad` holds g_s, and the weights are w, whatever the
-        closure does.
+        the update (in scope `micro_batch`: for each one right away). The second pass sees the same
+        variables, random numbers and module state as the first one, so that a loop may rebind
+        `batch`. Afterwards `.grad` holds g_s, and the weights are w, whatever the closure does.
 
         Args:
             closure: runs the forward pass; returns the loss, one number, or an output with
-                `.loss`. Where Accelerate does not, it divides the loss by the number of micro-
+                `.loss`. Unless Accelerate does so, it divides the loss by the number of micro-
                 batches, as in any loop.
             end_of_update: False for all micro-batches of an update but the last, unless
-                `accelerator.accumulate` tells it.
+                `accelerator.accumulate` sets it.
 
         Returns:
             The loss at w that the closure returned, detached.
@@ -137,9 +136,9 @@ class SAM:
         Raises:
             TypeError: `closure` is not callable, or returns no loss.
             ValueError: the loss is not one number or has no graph; `end_of_update` is given where
-                Accelerate tells it; or the end of an update is not reduced.
+                Accelerate sets it; or the last micro-batch of an update is not reduced.
             RuntimeError: the closure cannot be replayed: it reads from an iterator, or from a
-                tensor that was computed with gradients before.
+                tensor that was computed with gradients before the call.
         """
         if not callable(closure) or isinstance(closure, nn.Module):
             raise TypeError(
@@ -149,14 +148,14 @@ class SAM:
         if self._steps > 1 and not end_of_update:
             raise ValueError(
                 f"end_of_update=False has no effect with gradient_accumulation_steps={self._steps} "
-                "of the accelerator, which tells the end by accelerator.accumulate(model). Leave "
-                "it out."
+                "of the accelerator, where accelerator.accumulate(model) marks the end. Leave it "
+                "out."
             )
         is_reduced = getattr(self._model, "require_backward_grad_sync", True)
         if end_of_update and self._accelerator.sync_gradients and not is_reduced:
             raise ValueError(
-                "The last micro-batch of an update is run in no_sync(), which leaves out the "
-                "reduction over the processes. Pass end_of_update=False for the others instead."
+                "The last micro-batch of an update is run in no_sync(), which skips the reduction "
+                "over the processes. Pass end_of_update=False for the others instead."
             )
         accelerator = self._accelerator
         with nullcontext() if end_of_update else accumulating(accelerator, self._model):
@@ -179,8 +178,8 @@ class SAM:
         """The metrics since the last call, as the Trainer logs them: `sam_sharpness`, ...
 
         Waits for the device. Every process must call it. Norms and the cosine cost passes over the
-        weights: they are measured in the update after which the next call is expected, as many
-        updates after the last call as there were before it, and at first in the first update.
+        weights: they are measured in the first update, and then in the update after which the next
+        call is expected if calls are equally spaced.
         """
         if self.config.sam_rho == 0:
             return {}
@@ -244,7 +243,7 @@ class SAM:
             )
         self._engine.method_state.set(states[rank])
 
-    # ---- Inside ------------------------------------------------------------------------------
+    # ---- Internals ---------------------------------------------------------------------------
 
     @property
     def _steps(self) -> int:
@@ -263,18 +262,18 @@ class SAM:
             and not self._accelerator.scaler
         ):
             raise RuntimeError(
-                "sam.backward has begun another update before optimizer.step(): with "
-                f"sam_method={self.config.sam_method!r} a part of the gradient of the last one is "
-                "applied in the step, and would be lost. Pass end_of_update=False for all micro-"
+                "sam.backward has started another update before optimizer.step(): with "
+                f"sam_method={self.config.sam_method!r} a part of the previous update's gradient "
+                "is applied in the step, and would be lost. Pass end_of_update=False for all micro-"
                 "batches of an update but the last."
             )
 
     def _refuse_early_step(self, *_: Any) -> None:
         if self._engine.micro_batches:
             raise RuntimeError(
-                f"optimizer.step() was called after {self._engine.micro_batches} micro-batches of "
-                "an update that is not complete. Step after its last one, for which end_of_update "
-                "is True; after a failure, call optimizer.zero_grad() and begin again."
+                "optimizer.step() was called in an incomplete update (micro-batches so far: "
+                f"{self._engine.micro_batches}). Step after its last one, for which end_of_update "
+                "is True; after a failure, call optimizer.zero_grad() and start again."
             )
 
 
@@ -294,7 +293,7 @@ class _LoopBatch:
         self.is_deferred = sam._subset.skips(sam._engine.micro_batches + 1, sam._steps)
         self.divisor = sam._steps if sam._steps > 1 else None  # Accelerate divides by it
         self.loss: Tensor | None = None
-        # Of the region in which `backward` was called: the engine's arithmetic stays out of it.
+        # Autocast of the region that called `backward`; the engine's arithmetic runs without it.
         kind = sam._layout.device_type
         self._has_autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if self._has_autocast else None

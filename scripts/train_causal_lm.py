@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 1024  # of an untrained model
 MIN_TOPIC_LENGTH = 300  # characters; a shorter topic is the heading of sections in another one
-# What SFTTrainer trains on besides a column of texts, and what it adds to messages.
+# Formats of SFTTrainer in addition to a column of texts, and optional columns of messages.
 FORMATS = (("messages",), ("prompt", "completion"))
 EXTRAS = ("tools", "chat_template_kwargs")
 

@@ -1,4 +1,4 @@
-"""Train a time series forecaster with SAM or ASAM, on a CSV or parquet file of your own.
+"""Train a time series forecaster with SAM or ASAM, on your own CSV or parquet file.
 
 Examples:
     python scripts/train_forecasting.py
@@ -155,7 +155,7 @@ def read_series(args: DataArguments) -> pd.DataFrame:
 
 
 def build_model(args: ForecasterArguments, sizes: dict[str, int]) -> PreTrainedModel:
-    """The untrained model. Raises an InputError if there is none of these sizes."""
+    """The untrained model. Raises an InputError if these sizes are not possible."""
     import transformers
     from common.experiment import new_model
     from models.samformer import SAMformerConfig, SAMformerForPrediction
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     model = build_model(model_args, {**sizes, "prediction_length": data_args.prediction_length})
     options = {"train_dataset": train, "eval_dataset": validation, "compute_metrics": errors}
     options["data_collator"] = dict  # a batch is a dictionary already
-    # PatchTSMixer and PatchTST give more than the forecast.
+    # PatchTSMixer and PatchTST return more than the forecast.
     options["preprocess_logits_for_metrics"] = lambda o, _: o[0] if isinstance(o, tuple) else o
 
     def build(args: TrainArguments, model: PreTrainedModel) -> SAMTrainer:

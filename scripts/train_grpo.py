@@ -67,7 +67,7 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 def make_prompts(count: int) -> datasets.Dataset:
-    """Different random strings, the same every time."""
+    """Distinct random strings, the same in every run."""
     draw = random.Random(0)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> list[Run]:
     )
     if training_args.eval_on_start and trainer.is_world_process_zero():
         for run in runs:
-            print(f"{run.name}: mean reward {run.curve[0][1]:.3f} at first, {run.score:.3f} now")
+            print(f"{run.name}: mean reward {run.curve[0][1]:.3f} before, {run.score:.3f} after")
     publish(trainer, model_name=Path(training_args.output_dir).name, tags=["sam_hf"])
     return runs
 

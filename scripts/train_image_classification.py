@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from common.runs import Run
     from transformers import EvalPrediction, PreTrainedModel
 
-# Of CIFAR-10's training images, for each channel from 0 to 1.
+# Statistics of the channels of CIFAR-10's training images, in [0, 1].
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CACHE_BYTES = 2**30  # tensors of a data set up to this size are made once: all of CIFAR-10
 
@@ -105,7 +105,7 @@ def _digits() -> tuple[datasets.Dataset, None]:
 
 
 def _select(data: datasets.Dataset, image: str, label: str) -> datasets.Dataset:
-    """The column of images, cast to such, and that of the labels."""
+    """The image column, cast to images, and the label column."""
     require_column(data, "image_column", image)
     require_column(data, "label_column", label)
     try:
@@ -145,7 +145,7 @@ class ImageTensors(torch.utils.data.Dataset):
         try:
             image = self.images[int(index)]["image"].convert(self._mode)
         except (OSError, AttributeError) as error:  # broken, or none at all
-            raise InputError(f"image number {index} of its set cannot be read: {error}") from error
+            raise InputError(f"image {index} of its data set cannot be read: {error}") from error
         return self._processor(image, return_tensors="pt")["pixel_values"][0]
 
 
@@ -192,13 +192,13 @@ def build_model(
         model = new_model(transformers.ViTForImageClassification, vit, args)
         of = model.config.to_dict()
         for a, b in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
-            if of[a] % of[b]:  # the model would cut off the rest
+            if of[a] % of[b]:  # the model would cut off the remainder
                 raise InputError(f"--config_overrides: {b}={of[b]} must divide {a}={of[a]}")
     processor = transformers.ViTImageProcessorPil(
         size={"height": model.config.image_size, "width": model.config.image_size},
         image_mean=list(mean),
         image_std=list(std),
-        do_convert_rgb=True,  # grey images too: `pipeline` hands over three channels in any case
+        do_convert_rgb=True,  # grey images too: `pipeline` always passes three channels
     )
     return model, processor
 

@@ -1,4 +1,4 @@
-"""Train an image classifier in a loop of your own: `sam.backward` for `accelerator.backward`.
+"""Train an image classifier in a custom loop: `sam.backward` replaces `accelerator.backward`.
 
 Examples:
     python scripts/train_loop.py
@@ -26,9 +26,9 @@ class LoopArguments:
     num_train_epochs: int = option("Epochs.", default=10)
     batch_size: int = option("Examples of a micro-batch, on each process.", default=64)
     accumulation_steps: int = option("Micro-batches of an update.", default=1)
-    learning_rate: float = option("Highest learning rate of AdamW; cosine decay.", default=1e-3)
+    learning_rate: float = option("Peak learning rate of AdamW; cosine decay.", default=1e-3)
     seed: int = option("Seed of the model, of the order and of dropout.", default=42)
-    use_cpu: bool = option("Train on the CPU, also if there is a GPU.", default=False)
+    use_cpu: bool = option("Train on the CPU, even if there is a GPU.", default=False)
     output_dir: str = option("Folder of the model and of its checkpoints.", default="outputs/loop")
     resume_from_checkpoint: str | None = option("Folder of a checkpoint, such as .../epoch_3.")
 

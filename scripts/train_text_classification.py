@@ -92,7 +92,7 @@ class TrainArguments(SharpnessArguments, SAMTrainingArguments):
 
 
 def load_data(args: DataArguments) -> tuple[str, datasets.Dataset, datasets.Dataset, list[str]]:
-    """The data's name, both sets, and the classes: a single one stands for regression."""
+    """The data's name, both sets, and the classes: a single one means regression."""
     label, columns = args.label_column or "label", {args.text_column or "text": "text"}
     if args.text_pair_column in columns:
         raise InputError(f"--text_pair_column {args.text_pair_column!r} holds the first texts too")

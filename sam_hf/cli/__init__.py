@@ -8,7 +8,7 @@ from .arguments import build_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: exit code 0, 2 after an error of the user, 130 after an interrupt."""
+    """Run the command: exit code 0, 2 after a user error, 130 after an interrupt."""
     arguments = build_parser().parse_args(argv)
     import torch  # after the parser, so that --help is fast
 

@@ -115,9 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = rho.add_argument_group("radius").add_argument
     add("--method", default="sam", help="sam or asam")
     add("--eta", type=float, help="eta of ASAM (default: that of sam_eta)")
-    initial_help = "loss at the start of the training that led to MODEL (default: it starts here)"
+    initial_help = "loss at the start of the training that led to MODEL (default: MODEL's own)"
     add("--initial_loss", type=float, help=initial_help)
-    target_help = "share that the automatic radius holds (default: that of sam_target_sharpness)"
+    target_help = "target sharpness of the automatic radius (default: that of sam_target_sharpness)"
     add("--target_sharpness", type=float, help=target_help)
     rho_help = "radii to measure (default: nine, up to 16 times above and below the suggestion)"
     add("--rho", type=float, nargs="+", help=rho_help)

@@ -178,7 +178,7 @@ def _models_and_data(words: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Shortest trailing parts of the paths that tell them apart."""
+    """Shortest trailing parts of the paths that distinguish them."""
     parts = [Path(name).parts for name in names]
     lengths = range(1, max(map(len, parts)) + 1)
     candidates = (["/".join(part[-length:]) for part in parts] for length in lengths)

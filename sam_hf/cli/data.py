@@ -52,7 +52,7 @@ def load_batches(options: DataOptions, model: Any) -> list[dict[str, Tensor]]:
     order = list(range(len(dataset)))
     random.Random(options.seed).shuffle(order)
     rows = dataset.select(order[: options.examples])  # in this order, so that batches are random
-    # Of an adapter, the class of the model that it adapts.
+    # For an adapter, the class of the model that it adapts.
     kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
     if "Image" in kind:
         collate = _image_collator(rows, options, model)
@@ -60,7 +60,7 @@ def load_batches(options: DataOptions, model: Any) -> list[dict[str, Tensor]]:
         collate = _sequence_collator(rows, options, model)
     else:
         rows, collate = _language_collator(rows, options, model)
-    # Not `rows.iter`, which decodes images where an error has no collator to name it.
+    # Not `rows.iter`: it decodes images outside of the collator, which names the column in errors.
     starts = range(0, len(rows), options.batch_size)
     return [collate(rows.select(range(i, min(i + options.batch_size, len(rows))))) for i in starts]
 

@@ -14,7 +14,7 @@ from transformers.utils.hub import cached_file
 
 from ..config.file import is_missing_path
 
-# Ends of the names of architectures, and of transformers' auto classes for them.
+# Suffixes of architecture names, and of transformers' auto classes for them.
 _IMAGES, _SEQUENCES, _LANGUAGE = _TASKS = (
     "ForImageClassification",
     "ForSequenceClassification",
@@ -33,7 +33,7 @@ def require(requirement: str, *modules: str) -> None:
 
 
 def check_path(name: str, kind: str = "folder") -> None:
-    """Raise a ValueError if a name is a path, so not one on the Hub, and does not exist."""
+    """Raise a ValueError if a name is a path, not a name on the Hub, that does not exist."""
     if is_missing_path(name):
         raise ValueError(f"there is no {kind} {name!r}")
 
@@ -52,14 +52,14 @@ def _loading(kind: str, name: str) -> Iterator[None]:
 
 
 def load(auto_class: str, name: str, **options: Any) -> Any:
-    """Load what a folder or a model on the Hub holds, by its auto class of transformers."""
+    """Load from a folder or the Hub with the given auto class of transformers."""
     with _loading(auto_class, name):
         loaded = getattr(transformers, auto_class).from_pretrained(name, **options)
     return loaded
 
 
 def task_of(name: str) -> str:
-    """End of the name of a model's architecture, one of `_TASKS`, from its configuration alone."""
+    """Suffix of a model's architecture name, one of `_TASKS`, from its configuration alone."""
     check_path(name)
     adapter, folder, architecture = _adapter(name), Path(name), ""
     if adapter is not None and adapter.task_type:
@@ -89,17 +89,17 @@ def task_of(name: str) -> str:
 
 
 def default_data(name: str) -> str:
-    """The digits for an image model. Other models need data, which a ValueError says."""
+    """`digits` for an image model; raises a ValueError for other models, which need data."""
     if (task := task_of(name)) != _IMAGES:
         example = f"for example: sam-hf sharpness {name} {_EXAMPLE_DATA[task]}"
-        raise ValueError(f"DATA is needed for a model of texts (AutoModel{task}), {example}")
+        raise ValueError(f"DATA is needed for a text model (AutoModel{task}), {example}")
     return "digits"
 
 
 def load_model(name: str) -> Any:
     """Load a model or an adapter from a folder or the Hub, in float32 and evaluation mode.
 
-    Of an adapter, only the weights that it stores are trainable.
+    For an adapter, only the weights that it stores are trainable.
     """
     task, adapter = task_of(name), _adapter(name)
     if adapter is None:

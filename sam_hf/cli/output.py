@@ -25,7 +25,7 @@ _MEANINGS = {
 def table(measures: Mapping[str, float], options: Mapping[str, Any], examples: int) -> str:
     """One line for each measure: name, value ± error, and what it means.
 
-    Values that are not finite, below the rounding of the loss or below their noise are told in
+    Values that are not finite, below the rounding of the loss or below their noise are shown in
     words, with the option to change.
     """
     rounding = _ROUNDING * max(1.0, abs(measures["loss"]))
@@ -51,7 +51,7 @@ def table(measures: Mapping[str, float], options: Mapping[str, Any], examples: i
         value = f"{x:.4g}" if error is None else f"{x:.4g} ± {error:.2g}"
         is_rise = kind.endswith("_sharpness")
         if kind in ("gradient_noise_scale", "squared_gradient_norm") and (x < 0 or x == math.inf):
-            value, meaning = "unknown", "the squared gradient is below its noise: more --examples"
+            value, meaning = "unknown", "the squared gradient is below its noise: raise --examples"
         elif not math.isfinite(x):
             remedy = f"in the ball: lower --{option}" if is_rise else "in the derivatives"
             value, meaning = "not finite", f"an overflow {remedy}"
@@ -82,7 +82,7 @@ def suggestion(curve: RadiusCurve, options: Mapping[str, Any]) -> str:
     start = options["initial_loss"]
     case = f"a sharpness of {curve.goal:.3g}, the goal of the automatic radius "
     case += (
-        "at the start of a training (the least: see --initial_loss)"
+        "at the start of training (its minimum: see --initial_loss)"
         if start is None
         else f"after an initial loss of {start:g}"
     )

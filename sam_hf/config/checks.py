@@ -96,7 +96,7 @@ def describe_method_options() -> str:
     options = {name: method_options(method).items() for name, method in METHODS.items()}
     texts = {n: ", ".join(f"{key} ({f.default})" for key, f in own) for n, own in options.items()}
     listed = "; ".join(f"{name}: {text}" for name, text in texts.items() if text)
-    return f"Options of the chosen method alone, as JSON or key=value,key=value. {listed}"
+    return f"Options of the chosen method only, as JSON or key=value,key=value. {listed}"
 
 
 def parse_method_args(value: Any) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def check_method_args(method_name: str, given: Mapping[str, Any]) -> None:
 
 
 def check_exclusions(config: Any, method: Method) -> None:
-    """Refuse two options of a `SAMConfig` that exclude each other, its fields being checked."""
+    """Refuse mutually exclusive options of a `SAMConfig` whose fields have been checked."""
     name, triggered = f"sam_method={config.sam_method!r}", config.sam_trigger != "always"
     one_pass, combines, reuses = method.has_one_pass, method.combines, method.reuses
     # DDP requires that every training pass has the auxiliary factors, hence no plain updates.
@@ -158,7 +158,7 @@ def check_exclusions(config: Any, method: Method) -> None:
     auto = config.sam_rho is None
     with_auto = "with sam_rho=None, the automatic radius (or set a number)"
     without_loss = f"with {name}, whose updates compute no loss at w next to one at w + e"
-    # The option, its values that are not excluded, what excludes the others, and the message.
+    # Option, allowed values, the condition that excludes all others, and the message.
     rules: tuple[tuple[str, tuple[Any, ...], bool, str], ...] = (
         ("sam_scope", ("batch",), combines, f"with {name}, which needs g of the whole update"),
         ("sam_scope", ("batch",), one_pass, f"with {name}, which acts once per update"),
@@ -175,9 +175,9 @@ def check_exclusions(config: Any, method: Method) -> None:
         ("sam_rho", (), auto and one_pass, f"a number {without_loss}"),
         ("sam_rho_schedule", ("constant",), auto, with_auto),
         ("sam_rho_warmup_ratio", (0.0,), auto, with_auto),
-        ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which needs equal examples"),
-        ("sam_replay_rng", (True,), auto, f"{with_auto}, which needs equal masks"),
-        ("sam_interval", (1,), reuses, f"with {name}: set sam_method_args={{'k': ...}}, its own"),
+        ("sam_ascent_fraction", (1.0,), auto, f"{with_auto}, which compares the same examples"),
+        ("sam_replay_rng", (True,), auto, f"{with_auto}, which needs equal masks in both passes"),
+        ("sam_interval", (1,), reuses, f"with {name}: set sam_method_args={{'k': ...}} instead"),
     )
     for option, allowed, excluded, why in rules:
         value = getattr(config, option)

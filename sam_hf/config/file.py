@@ -15,7 +15,7 @@ SAM_CONFIG_NAME = "sam_config.json"
 
 
 def write_options(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write the options and the version of the package into a folder, made if it is missing."""
+    """Write the options and the version of the package into a folder, created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"sam_hf_version": __version__, **options}
     with replacing(folder / SAM_CONFIG_NAME) as path:
@@ -23,7 +23,7 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def is_missing_path(name: str | os.PathLike[str]) -> bool:
-    """Whether a name is that of a folder that does not exist, and not one on the Hub."""
+    """Whether a name is the path of a folder that does not exist, and not a name on the Hub."""
     text, path = os.fspath(name), Path(name)
     has_parent = "/" in text and path.parent.exists()
     is_path = text.startswith((".", "/", "~")) or text.count("/") > 1 or has_parent
@@ -48,7 +48,7 @@ def read_options(
     """
     try:
         if is_missing_path(name_or_path):
-            raise FileNotFoundError("there is no such folder")  # the Hub would be asked for long
+            raise FileNotFoundError("there is no such folder")  # a request to the Hub would be slow
         file = cached_file(name_or_path, SAM_CONFIG_NAME, **hub)
     except OSError as error:
         raise FileNotFoundError(

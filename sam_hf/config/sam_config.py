@@ -53,10 +53,10 @@ class SAMConfig:
     )
     sam_target_sharpness: float = _option(
         0.5,
-        "Automatic radius: the sharpness that rho is to hold, as a share of what the run has "
-        "learned or of the loss that is left, whichever is smaller.",
+        "Automatic radius: the target sharpness, as a share of the decrease of the loss so far or "
+        "of the remaining loss, whichever is smaller.",
     )
-    sam_method: str = _option("sam", f"How the perturbation is made: {', '.join(METHODS)}.")
+    sam_method: str = _option("sam", f"Variant of SAM: {', '.join(METHODS)}.")
     sam_method_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": checks.describe_method_options()}
     )
@@ -73,9 +73,9 @@ class SAMConfig:
     )
     sam_params: str = _option(
         "all",
-        "Which of the parameters that the optimizer steps are perturbed: 'all', 'norms' "
-        "(normalisation layers, by module type), 'matrices' (weights with two or more dimensions "
-        "that are not embeddings), or a regular expression that is searched in parameter names.",
+        "Which of the optimizer's parameters are perturbed: 'all', 'norms' (normalisation layers, "
+        "by module type), 'matrices' (weights with two or more dimensions that are not "
+        "embeddings), or a regular expression that is searched for in parameter names.",
     )
     sam_replay_rng: bool = _option(
         True, "Use the same dropout masks and noise in both passes; off: the second draws new ones."
@@ -92,7 +92,7 @@ class SAMConfig:
     )
     sam_trigger: str = _option(
         "always",
-        "'gradient_norm' (AE-SAM): perturb only where the squared gradient norm is high against "
+        "'gradient_norm' (AE-SAM): perturb only if the squared gradient norm is high relative to "
         "its running mean; evaluated only in updates that sam_interval and sam_start_ratio enable.",
     )
     sam_trigger_start: float = _option(
@@ -110,7 +110,7 @@ class SAMConfig:
     sam_rho_min: float = _option(0.0, "rho at the end of a schedule, or at a learning rate of 0.")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse misspelt options, which the generated `__init__` would name without a hint."""
+        """Refuse misspelt options, which the generated `__init__` would report without a hint."""
         parameters = inspect.signature(cls.__init__).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return super().__new__(cls)
@@ -124,7 +124,7 @@ class SAMConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # SAMConfig may stand before any arguments class, whose own initialisation must run.
+        # SAMConfig may precede any arguments class in the MRO, whose initialisation must run too.
         getattr(super(), "__post_init__", lambda: None)()
         self.validate_sam()
 
@@ -162,7 +162,7 @@ class SAMConfig:
         return {f.name: getattr(self, f.name) for f in fields(SAMConfig)}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write the `sam_*` fields to `sam_config.json` in a folder, made if it is missing."""
+        """Write the `sam_*` fields to `sam_config.json` in a folder, created if missing."""
         write_options(Path(save_directory), self.to_sam_dict())
 
     @classmethod
@@ -201,7 +201,7 @@ class SAMConfig:
             raise
 
     def options_without_effect(self) -> dict[str, str]:
-        """The options that have no effect with the others, each with the option that is why."""
+        """The options that have no effect, each with the option that is the reason."""
         method, name = self.build_method(), f"sam_method={self.sam_method!r}"
         why: dict[str, str] = {}
         if self.sam_method != "asam":

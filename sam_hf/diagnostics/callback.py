@@ -66,8 +66,8 @@ class SharpnessCallback(TrainerCallback):
         trainer: the trainer whose loss and data are used.
         every: number of updates between measurements; 0: only at the end of training.
         examples: number of examples on each process, in whole batches; at most the dataset. None:
-            256, or fewer (8 at least) of which all measurements fit into `max_share`, the last one
-            included; where that would be below 32, of which the last one alone does.
+            at most 256, so that all measurements, including the last one, fit into `max_share`; if
+            that leaves fewer than 32, so that the last one alone does; at least 8.
         dataset: dataset to draw the examples from, instead of the trainer's `eval_dataset`.
         plan, params: as in `measure` and `Objective`.
         max_share: maximum work of the measurements, as a share of the training's work so far: one
@@ -180,13 +180,13 @@ class SharpnessCallback(TrainerCallback):
         return "\n\n".join(parts)
 
     def _work_of_an_update(self, max_steps: int) -> float:
-        """Of the training: passes times examples."""
+        """Work of a training update: passes times examples."""
         config = getattr(self._trainer, "sam_config", None)
         passes = expected_passes(config, max_steps) if isinstance(config, SAMConfig) else 1.0
         return float(passes * self._trainer.get_total_train_batch_size(self._trainer.args))
 
     def _affordable_examples(self, max_steps: int) -> int:
-        """On each process, so that the measurements fit into `max_share`."""
+        """Examples on each process with which the measurements fit into `max_share`."""
         assert self._max_share is not None
         work = self._max_share * self._work_of_an_update(max_steps) * max_steps
         alone = work / self._passes / self._trainer.args.world_size
@@ -216,7 +216,7 @@ class SharpnessCallback(TrainerCallback):
                     size, grads = next(objective.batch_gradients())
                     grads[0].sum().item()  # waits for the device
                     seconds = time.perf_counter() - start
-        except (ValueError, RuntimeError):  # the measurements will tell
+        except (ValueError, RuntimeError):  # the measurements will report it
             if is_distributed():
                 raise
             return None
@@ -238,7 +238,7 @@ class SharpnessCallback(TrainerCallback):
         if made == possible:
             return line
         options = f"every, examples={self._examples} or max_share"
-        return f"{line}, the others are skipped (except at the end): change {options} to have more"
+        return f"{line}, the others are skipped (except at the end): change {options} to allow more"
 
     def _measure(
         self, model: nn.Module, state: TrainerState, prefix: str, step: int | None = None
@@ -302,7 +302,7 @@ class SharpnessCallback(TrainerCallback):
             is_table = hasattr(dataset, "select")  # of the `datasets` library
             dataset = dataset.select(order) if is_table else Subset(dataset, order)
         # With persistent workers, the Trainer caches its evaluation loader whatever the dataset:
-        # neither must the cached one be used here, nor this one be cached.
+        # the cached one must not be used here, and this one must not be cached.
         with patched(trainer, _eval_dataloaders={}), preserved_random_state(trainer.args.device):
             loader = trainer.get_eval_dataloader(dataset)
             for batch in loader:

@@ -40,7 +40,7 @@ def full_precision(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic_evaluation(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode in full precision with gradients enabled, for the length of the context.
+    """Evaluation mode in full precision with gradients enabled, within the context.
 
     Dropout is off and running statistics are fixed (`eval()`); autocast and TF32 are disabled. On
     exit, the training flag of each module, all buffers and the global random state are restored.

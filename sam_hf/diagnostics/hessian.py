@@ -65,7 +65,7 @@ def top_eigenpairs(
         remainder = norm(w)
         if not tridiagonal.isfinite().all():
             raise ValueError("a Hessian-vector product is not finite: is the loss L(w) finite?")
-        # In ascending order; of the matrix, the lower triangle is read.
+        # In ascending order; only the lower triangle of the matrix is read.
         ritz_values, ritz_vectors = torch.linalg.eigh(tridiagonal[:size, :size])
         values, coefficients = ritz_values.flip(0)[:count], ritz_vectors.flip(1)[:, :count]
         residuals = remainder * coefficients[-1].abs()

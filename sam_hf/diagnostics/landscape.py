@@ -21,7 +21,7 @@ from .planes import Plane
 
 _SECONDS_BETWEEN_WRITES = 5.0
 _METADATA_KEY = b"sam_hf.landscape"
-# Facts in which a file must agree with a scan that resumes from it.
+# Facts that must match between a file and a scan that resumes from it.
 _IDENTITY = ("weights_and_data", "directions", "seed", "iterations", "second_model", "params")
 
 
@@ -76,7 +76,7 @@ def scan(
         progress: show a progress bar on the main process.
 
     Raises:
-        ValueError: `coordinates` do not ascend or fit the plane, or the file holds something else.
+        ValueError: `coordinates` do not ascend or do not fit the plane, or the file does not match.
     """
     axes = [[float(a) for a in axis] for axis in coordinates]
     if len(axes) != len(plane.directions) or len(axes) > 2:

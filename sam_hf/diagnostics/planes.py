@@ -53,7 +53,7 @@ def random_plane(objective: Objective, dimensions: int = 2, *, seed: int = 0) ->
             "other is moved by random directions. Allowed: eigenvectors, or other params"
         )
     generator = torch.Generator().manual_seed(seed)
-    # Weights whose filters lie along dimension 1; elsewhere they lie along dimension 0.
+    # Weights whose filters are along dimension 1, not dimension 0.
     transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, Conv1D)
     swapped = {id(m.weight) for m in objective.model.modules() if isinstance(m, transposed)}
     directions = [objective.random_vector(generator) for _ in range(dimensions)]
@@ -90,7 +90,7 @@ def eigenvector_plane(
     if len(pairs.values) < dimensions:
         found = f"the Hessian has {len(pairs.values)} distinct eigenvalues"
         problem = f"dimensions={dimensions} is not allowed: {found}"
-        raise ValueError(f"{problem}. Allowed: at most as many dimensions")
+        raise ValueError(f"{problem}. Allowed: at most that many dimensions")
     for value, residual in zip(pairs.values, pairs.residuals, strict=True):
         if residual > 0.1 * abs(value):
             found = f"the eigenvalue {value:.3g} has converged only to ±{residual:.2g}"

@@ -70,8 +70,8 @@ def radius_curve(
             `sam_adaptive_scope`; its other fields have no effect. By default that of SAM.
         radii: values of rho. By default nine, around the radius to which a few steps of the
             automatic rule on the first batch lead.
-        initial_loss: that of the training that led to these weights, for the goal. By default L(w):
-            a training begins here.
+        initial_loss: that of the training that led to these weights, for the goal. By default L(w),
+            as if training started here.
 
     Cost: 1 + n forward-backward passes over the examples for n radii, and without `radii` up to 16
     over the first batch. Memory: up to five copies of the perturbed weights.
@@ -100,12 +100,12 @@ def radius_curve(
     if not found:
         return replace(curve, reason="no sharpness is finite")
     if reached is None:
-        return replace(curve, reason=f"the largest rho, {found[-1][0]:.3g}, has less")
+        return replace(curve, reason=f"the largest rho, {found[-1][0]:.3g}, gives less")
     if reached == 0:
-        return replace(curve, reason=f"the smallest rho, {found[0][0]:.3g}, has more")
+        return replace(curve, reason=f"the smallest rho, {found[0][0]:.3g}, gives more")
     (low, below), (high, above) = found[reached - 1], found[reached]
     share = 1.0
-    if below > 0:  # otherwise there is no slope to follow: the radius that reaches it
+    if below > 0:  # otherwise there is no slope to interpolate: the radius that reaches the goal
         share = math.log(curve.goal / below) / math.log(above / below)
     return replace(curve, suggestion=low * (high / low) ** share)
 
@@ -130,7 +130,7 @@ def _goal(config: SAMConfig, initial_loss: float | None, loss: float) -> float:
 
 
 def _estimate(objective: Objective, config: SAMConfig, initial_loss: float | None) -> float:
-    """Radius whose sharpness is near the goal: steps of the rule, bisection out of the bracket."""
+    """Radius whose sharpness is near the goal: steps of the rule, bisection outside the bracket."""
     x = math.log(AutomaticRadius.START)
     low, high = math.log(_LOWEST), math.log(_HIGHEST)
     for _ in range(_MOST_STEPS):

@@ -1,4 +1,4 @@
-"""Layouts of processes and shards: what each of them needs done differently."""
+"""Layouts of processes and shards, and what each of them requires."""
 
 from __future__ import annotations
 

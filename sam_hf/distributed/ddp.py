@@ -90,7 +90,7 @@ class DDPLayout(Layout):
             if not some:
                 yield
                 return
-            # Unless the first graph of the run hides which parameters it reaches.
+            # All gradients if the first graph of the run hides which parameters it reaches.
             whole = self._accelerator.backward
 
             def backward(loss: Tensor, **kwargs: Any) -> None:
@@ -101,7 +101,7 @@ class DDPLayout(Layout):
 
             with patched(self._accelerator, backward=backward):
                 yield
-        # DDP would wait for the other gradients in its reduction: it was left out.
+        # DDP's own reduction, which would wait for the other gradients, was skipped.
         if self.is_end_of_update and not scope_is_micro_batch:
             self.reduce_ascent(some)
 
@@ -123,7 +123,7 @@ class DDPLayout(Layout):
         return context
 
     def _as_end_of_update(self, value: bool) -> AbstractContextManager[None]:
-        """Let the Trainer and Accelerate see the last micro-batch of an update, or another one."""
+        """Mark the micro-batch as the last of its update, or not, for Trainer and Accelerate."""
         return patched(self._accelerator.gradient_state, sync_gradients=value)
 
     def loss_scale(self) -> Tensor | None:
@@ -145,17 +145,17 @@ class DDPLayout(Layout):
 
 @contextmanager
 def _unused_parameters_explained() -> Iterator[None]:
-    """Explain that DDP's reduction fails where the gradient of another loss was set aside."""
+    """Explain DDP's error where the gradient of another loss was set aside."""
     try:
         yield
     except RuntimeError as error:
         if "still allreduced" not in str(error):
             raise
         raise RuntimeError(
-            "A parameter that the loss does not use has a gradient from another backward pass (a "
-            "penalty's?), which DDP with find_unused_parameters cannot reduce apart from that of "
-            "the loss. Add what computes it to the loss in compute_loss, leave unused parameters "
-            "out of it, or set sam_rho=0."
+            "A parameter that the loss does not use has a gradient from another backward pass (of "
+            "a penalty?), which DDP with find_unused_parameters cannot reduce separately from that "
+            "of the loss. Add what computes it to the loss in compute_loss, leave unused "
+            "parameters out of it, or set sam_rho=0."
         ) from error
 
 

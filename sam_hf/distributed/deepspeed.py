@@ -31,7 +31,7 @@ class DeepSpeedLayout(DDPLayout):
     def _engine(self) -> Any:
         if self._accelerator.deepspeed_engine_wrapped is None:
             raise RuntimeError(
-                "DeepSpeed's engine is gone after the first train() of a trainer. Make a new one."
+                "DeepSpeed's engine is gone after a trainer's first train(). Make a new trainer."
             )
         return self._accelerator.deepspeed_engine_wrapped.engine
 

@@ -98,7 +98,7 @@ class FSDP2Layout(DDPLayout):
         return self.local_gradients(weights)
 
     def dot_over(self, weights: Sequence[Tensor]) -> Dot:
-        # What several processes hold counts once.
+        # Elements that several processes hold count once.
         by_holders: dict[float, list[int]] = defaultdict(list)
         for i, weight in enumerate(weights):
             by_holders[self.processes / _shards(weight)].append(i)
@@ -131,7 +131,7 @@ def _shards(weight: Tensor) -> int:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards in the place of parameters that an evaluation has gathered."""
+    """Reshard parameters that an evaluation has gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

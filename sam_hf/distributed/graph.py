@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-# PyTorch's own functions that pass every gradient on: compiled programs, DDP's last node.
+# PyTorch's own functions that propagate every gradient: compiled programs, DDP's last node.
 _TRANSPARENT = ("CompiledFunction", "_DDPSink")
 
 
 def reaches_its_parameters(loss: Tensor) -> bool:
     """Whether ``backward(inputs=...)`` finds every parameter that the loss depends on.
 
-    Unknown where a part of the graph is hidden: a custom autograd function may run a backward pass
-    of its own (reentrant checkpoints, reversible layers), and a hook may pass on the gradient of a
+    False where a part of the graph is hidden: a custom autograd function may run its own backward
+    pass (reentrant checkpoints, reversible layers), and a hook may propagate the gradient of a
     tensor that was detached from what it was computed from (cached contrastive losses).
     """
     for node in _nodes(loss):

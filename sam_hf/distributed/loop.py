@@ -1,4 +1,4 @@
-"""Models, optimizers and processes of a training loop of the user's own."""
+"""Models, optimizers and processes of a custom training loop."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PlainAccelerator:
 
     @contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Leave out the reduction of gradients over the processes."""
+        """Skip the reduction of gradients over the processes."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(False)
             try:

@@ -36,14 +36,14 @@ def sum_over_processes_(tensors: Sequence[Tensor]) -> None:
 
 
 def total(number: float, device: torch.device) -> float:
-    """Sum of `number` over the processes. `device` is one of the process group's backend."""
+    """Sum of `number` over the processes. `device` must suit the process group's backend."""
     tensor = torch.tensor(number, dtype=torch.float64, device=device)
     sum_over_processes_([tensor])
     return float(tensor.item())
 
 
 def from_main_process(value: T, device: torch.device) -> T:
-    """`value` of rank 0, pickled. `device` is one of the process group's backend."""
+    """`value` of rank 0, pickled. `device` must suit the process group's backend."""
     box = [value]
     if is_distributed():
         dist.broadcast_object_list(box, 0, device=device)

@@ -1,4 +1,4 @@
-"""Refusal of what SAM cannot train, before the first update, with the reason and a way out."""
+"""Refuse what SAM cannot train, before the first update, with the reason and what to change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def validate_layout(trainer: Any) -> None:
     _validate_optimizer(trainer.optimizer, args.optim)
     if is_sagemaker_mp_enabled():
         _refuse(
-            "SageMaker model parallelism runs forward and backward in one call of its own, without "
+            "SageMaker model parallelism runs forward and backward in a single call, without "
             "compute_loss. Train without it"
         )
     # Accelerate sets the first variable by itself once a plugin exists; the launcher sets both.
@@ -85,7 +85,7 @@ def validate_loop(
     """Refuse the arguments of `SAM` with which an update would be wrong.
 
     Raises:
-        TypeError: something else than a model, an optimizer and options is given.
+        TypeError: something other than a model, an optimizer and options is given.
         ValueError: with the reason and what to change.
     """
     if not isinstance(model, nn.Module):
@@ -161,7 +161,7 @@ def validate_loop(
 def _validate_common(
     model: nn.Module, config: SAMConfig, accelerator: Any, is_fsdp: bool, is_sharded: bool
 ) -> None:
-    """What Accelerate's layout does not allow."""
+    """Refuse what Accelerate's layout does not allow."""
     n_processes = accelerator.num_processes
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
         _validate_deepspeed(plugin, config)
@@ -222,18 +222,18 @@ def _validate_optimizer(optimizer: Any, optim: Any = "") -> None:
     closure = step.parameters.get("closure") if step is not None else None
     if closure is not None and closure.default is closure.empty:
         raise ValueError(
-            f"The optimizer {name} evaluates the loss itself, in a closure that it gets in step(), "
-            "which SAM does not support. Choose one that steps with a given gradient, such as "
-            "AdamW or SGD."
+            f"The optimizer {name} evaluates the loss itself, in a closure passed to step(), which "
+            "SAM does not support. Choose one that steps with a given gradient, such as AdamW or "
+            "SGD."
         )
 
 
 def _validate_deepspeed(plugin: Any, config: SAMConfig) -> None:
     if plugin.zero_stage not in (0, 1, 2):
         _refuse(
-            f"DeepSpeed's ZeRO stage {plugin.zero_stage} shards the weights behind an interface of "
-            "its own, through which SAM cannot perturb them safely. Allowed: zero_stage 0, 1 or 2. "
-            "To shard weights use FSDP2 (`fsdp`)"
+            f"DeepSpeed's ZeRO stage {plugin.zero_stage} shards the weights behind its own "
+            "interface, through which SAM cannot perturb them safely. Allowed: zero_stage 0, 1 or "
+            "2. To shard weights use FSDP2 (`fsdp`)"
         )
     method, name, reason = config.build_method(), f"sam_method={config.sam_method!r}", None
     if method.along_momentum:

@@ -1,1 +1,1 @@
-"""One SAM update, made of closures: record, perturb, replay, restore. It knows no Trainer."""
+"""One SAM update, made of closures: record, perturb, replay, restore. Needs no Trainer."""

@@ -1,4 +1,4 @@
-"""The user's closures: replayed with the variables that the first pass found."""
+"""Closures of training loops, replayed with the variables of the first pass."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class ClosureKeeper:
 
     A loop rebinds its variables (`batch`) before the update is complete, and a closure may change
     what it refers to (``batch.pop("labels")``). For the replay, the variables of the closure, and
-    of the functions and objects that it refers to, are bound again to what the first pass found,
-    and afterwards to what they are. What containers hold is restored by a `StateTracker` with the
-    owner `variables`; tensors that are written in place are restored here.
+    of the functions and objects that it refers to, are rebound to their values in the first pass,
+    and afterwards to their current ones. The contents of containers are restored by a
+    `StateTracker` with the owner `variables`; tensors written in place are restored here.
 
     Args:
-        budget: bytes of inputs that may be copied in a call of the first update. Later, those are
-            copied whose version counters have shown that a closure, or the loop, writes them.
+        budget: bytes of inputs that may be copied in a call of the first update. Later, only those
+            are copied that a closure or the loop writes, according to their version counters.
 
     Attributes:
-        is_first: whether the first update is not complete.
+        is_first: whether the first update is still incomplete.
         variables: an owner for the tracker, with the values that the latest closure refers to.
     """
 
@@ -62,7 +62,7 @@ class ClosureKeeper:
 
 @dataclass
 class _Input:
-    """A tensor that a closure reads, and a copy of what the first pass found."""
+    """A tensor that a closure reads, and a copy of its value in the first pass."""
 
     path: str
     tensor: Tensor
@@ -76,7 +76,7 @@ class _Input:
 
 
 class KeptClosure:
-    """A closure with the variables that it found."""
+    """A closure with its variables in the first pass."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class KeptClosure:
     ) -> None:
         self._closure, self._inputs, self._keeper = closure, inputs, keeper
         self._cells, self._namespaces = search.cells, search.namespaces
-        self._values = search.values  # the tracker forgets what nobody refers to
+        self._values = search.values  # the tracker forgets unreferenced objects
 
     def observe(self) -> None:
         """Learn which inputs were written since they were kept or observed."""
@@ -96,8 +96,8 @@ class KeptClosure:
         if lost := sorted(x.path for x in written if x.copy is None):
             warnings.warn(
                 f"The input {', '.join(map(repr, lost))} of a closure was written in place, for "
-                "the first time in this run: in this update the second pass sees it as it was "
-                "left. From now on it is copied.",
+                "the first time in this run: in this update the second pass sees the modified "
+                "input. From now on it is copied.",
                 stacklevel=2,
             )
         for x in written:
@@ -161,7 +161,7 @@ class _Search:
     """The variables of a closure, of the functions that it refers to, and of its objects.
 
     Attributes:
-        cells, namespaces: with what each is bound to; of a namespace, names that are read.
+        cells, namespaces: each with its bindings; of a namespace, the names that are read.
         values: containers, modules, generators and other objects among them.
         tensors: by the names that lead to them.
     """
@@ -203,13 +203,13 @@ class _Search:
                     self._visit(item, f"{path}.{key}")
         elif is_variable and isinstance(value, Iterator) and not isinstance(value, io.IOBase):
             raise RuntimeError(
-                f"The closure reads from {path!r}, a {type(value).__name__}, of which the second "
-                "pass would get the next item. Take the batch before sam.backward."
+                f"The closure reads from {path!r}, a {type(value).__name__}, from which the second "
+                "pass would get the next item. Fetch the batch before sam.backward."
             )
         else:
             self.values.append(value)
             is_own = type(value).__module__ == self._module and hasattr(value, "__dict__")
-            if is_variable and is_own:  # not those that it holds in turn
+            if is_variable and is_own:  # not objects nested in it
                 self.namespaces.append((vars(value), dict(vars(value))))
                 for name, item in list(vars(value).items()):
                     self._visit(item, f"{path}.{name}")
@@ -218,12 +218,12 @@ class _Search:
         names, written = _global_names(function.__code__)
         is_own = function.__module__ == self._module
         if not (is_own or function.__closure__):
-            return  # of a library
+            return  # a library function
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         for name, cell in cells:
             value = _content(cell)
             self.cells.append((cell, value))
-            if name not in written:  # whatever an earlier call has left there
+            if name not in written:  # otherwise an earlier call may have left it there
                 self._visit(value, name, is_variable=True)
         if is_own:
             scope = function.__globals__
@@ -244,15 +244,15 @@ class _Search:
         if tensor.grad_fn is not None:
             raise RuntimeError(
                 f"The closure reads {path!r}, a tensor of shape {tuple(tensor.shape)} that was "
-                "computed with gradients before the call, and that the second pass could not "
-                "compute again. Compute it in the closure, or detach it if it is a constant."
+                "computed with gradients before the call, and that the second pass cannot "
+                "recompute. Compute it in the closure, or detach it if it is a constant."
             )
         if not isinstance(tensor, nn.Parameter) and not tensor.is_inference():
             self.tensors.setdefault(path, tensor)
 
 
 def _defaults(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The arguments that have a default, with it."""
+    """The arguments that have a default, with the default."""
     code, values = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(values) : code.co_argcount]
     yield from zip(names, values, strict=True)

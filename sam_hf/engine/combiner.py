@@ -31,7 +31,7 @@ class GradientCombiner:
         self.discard()
         self._hooks: list[Any] = []
         if method.acts_on_step and optimizer is not None:
-            # Of the optimizer itself: the gradient scaler of fp16 may skip its step.
+            # Hooks of the optimizer itself, whose step the gradient scaler of fp16 may skip.
             unwrapped = getattr(optimizer, "optimizer", optimizer)
             self._hooks = [
                 unwrapped.register_step_pre_hook(self._before_step),
@@ -39,7 +39,7 @@ class GradientCombiner:
             ]
 
     def discard(self) -> None:
-        """Drop what an update has kept that did not reach the optimizer step."""
+        """Drop what was kept for an optimizer step that was not reached."""
         self._kept: dict[str, Tensor] = {}
         self._pending: dict[str, Tensor] = {}
 
@@ -141,7 +141,7 @@ def momentum_of(optimizer: Any, parameters: Named) -> dict[str, Tensor]:
 
 
 def _skips(optimizer: Any) -> bool:
-    """Whether a fused optimizer, called by fp16's gradient scaler in any case, skips the step."""
+    """Whether a fused optimizer, which fp16's gradient scaler always calls, skips the step."""
     found: Tensor | None = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found.item())
 

@@ -16,9 +16,9 @@ Grads = list[Tensor | None]
 class GradientLedger:
     """Separates the gradients of the recorded losses (g) from foreign ones in `.grad`.
 
-    Foreign is what the recorded losses do not explain: the gradient of a penalty whose `backward`
-    somebody else calls, or that of an earlier call of the training step. It takes no part in e and
-    is added to g_s afterwards.
+    Foreign gradients are those of other losses: the gradient of a penalty whose `backward` other
+    code calls, or that of an earlier call of the training step. They do not contribute to e and are
+    added to g_s afterwards.
 
     Between recorded losses `.grad` holds the sum of both, as in plain training; inside
     `take` ... `show` it holds g alone.
@@ -43,11 +43,11 @@ class GradientLedger:
 
     def reset(self) -> None:
         """Start a new scope: all of `.grad` counts as foreign."""
-        self.is_lost = False  # whether g can no longer be told from foreign gradients
+        self.is_lost = False  # whether g can no longer be separated from foreign gradients
         self._is_taken, self._g, self._shown, self._foreign = False, None, None, None
 
     def was_cleared(self) -> bool:
-        """Whether somebody has cleared the gradients of the recorded losses."""
+        """Whether other code has cleared the gradients of the recorded losses."""
         return (
             self._shown is not None
             and not self._is_taken
@@ -56,10 +56,10 @@ class GradientLedger:
         )
 
     def take(self) -> None:
-        """Leave g alone in `.grad`, and keep the rest as foreign, until `show` or `reset`.
+        """Leave only g in `.grad`, and set foreign gradients aside, until `show` or `reset`.
 
         Raises:
-            RuntimeError: somebody has changed gradients where no copy of g was kept.
+            RuntimeError: other code has changed gradients where no copy of g was kept.
         """
         if self._is_taken:
             return
@@ -81,7 +81,7 @@ class GradientLedger:
                     "Gradients were changed between two micro-batches of an update, so that SAM "
                     "cannot tell which part of them is the gradient of the loss. Change them in "
                     "training_step or in on_pre_optimizer_step (a Trainer), before the first or "
-                    "after the last micro-batch (a loop of your own), or set "
+                    "after the last micro-batch (a custom loop), or set "
                     "sam_scope='micro_batch' or sam_rho=0."
                 )
             if is_changed and self._g is not None:
@@ -93,7 +93,7 @@ class GradientLedger:
 
     @contextmanager
     def of_a_loss(self) -> Iterator[Callable[[Tensor], object]]:
-        """Around the computation of a recorded loss, if foreign code may write gradients around it.
+        """Context in which a recorded loss is computed, if foreign code may write gradients too.
 
         The block calls the given function with the loss. What is written in the block, and in the
         backward pass of the loss, counts as g, and nothing else does.
@@ -128,7 +128,7 @@ class GradientLedger:
         return self._foreign is not None
 
     def put_foreign(self) -> None:
-        """Put the foreign gradients in the place of the gradients: the next pass adds to them."""
+        """Put the foreign gradients into `.grad`: the next pass adds to them."""
         if self._foreign is not None:
             self._set(self._foreign)
             self._foreign = None

@@ -23,11 +23,11 @@ class Layout:
     """One process that holds all weights. The layouts in `distributed` derive from it.
 
     The methods get one primitive, `dot`, and do not know where the tensors are. `weights` are the
-    perturbed parameters, `model` has no wrappers, `is_compiled` tells whether it is compiled.
+    perturbed parameters, `model` has no wrappers, `is_compiled` is whether it is compiled.
     """
 
     reduces_kept_gradients = False
-    """The next backward pass sums over the processes all that `.grad` holds, also gradients of
+    """The next backward pass reduces all of `.grad` over the processes, including gradients of
     earlier micro-batches."""
     can_take_some_gradients = True
     """`ascent` can compute the gradients of some parameters only, at a lower cost."""
@@ -41,7 +41,7 @@ class Layout:
         self.device = weights[0].device if weights else torch.device("cpu")
         is_double = any(w.dtype is torch.float64 for w in weights)
         self.accumulate_in = torch.float64 if is_double else torch.float32
-        # Also of devices that hold no perturbed parameter: their dropout masks must be replayed.
+        # Also devices that hold no perturbed parameter: their dropout masks must be replayed.
         devices = {p.device for p in model.parameters()}
         self.rng_devices = {d for d in devices if d.type not in ("cpu", "meta")}
         self.has_half_weights = any(w.dtype in HALF and w.requires_grad for w in weights)
@@ -77,18 +77,18 @@ class Layout:
         return False
 
     def recover(self) -> None:
-        """After a failure at w + e: drop what the layout has gathered of it."""
+        """Drop weights gathered at w + e, after a failure there."""
 
     def local(self, weights: Weights) -> Tensors:
-        """What this process holds of the parameters: tensors that share their memory."""
+        """This process's part of the parameters: tensors that share their memory."""
         return list(weights)
 
     def local_as(self, weights: Weights, tensors: Sequence[Tensor]) -> Tensors:
-        """As `local`, for tensors that belong to these parameters, sharded as they are."""
+        """As `local`, for tensors that belong to these parameters, sharded like them."""
         return list(tensors)
 
     def gradients(self, weights: Weights) -> Tensors:
-        """g for a method. fp16 does not hold T^2 g (below 6e-8 it is 0): g is given in fp32."""
+        """g for a method, in fp32 instead of fp16, where T^2 g would underflow (below 6e-8)."""
         grads = self.local_gradients(weights)
         return [g.float() if g.dtype is torch.float16 else g for g in grads]
 
@@ -146,9 +146,9 @@ class Layout:
         """Inner product over all tensors, accumulated in fp32 (float64 for float64 parameters).
 
         Small tensors are concatenated into chunks, so that the number of operations depends on the
-        number of elements and not on that of tensors. The chunks are short on a CPU: some
-        processors' kernels add one number after the other, which over more of them makes the fp32
-        sum wrong in its sixth digit.
+        number of elements and not on that of tensors. The chunks are short on a CPU: the kernels of
+        some processors sum sequentially, so that the fp32 sum of a longer chunk would be wrong in
+        its sixth digit.
         """
         if not xs:
             return torch.zeros((), dtype=self.accumulate_in, device=self.device)
@@ -172,6 +172,6 @@ class Layout:
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def _flat(self, tensors: Tensors) -> Tensor:
-        # In the accumulator's type before they are put together, which needs one type for all.
+        # Cast before they are concatenated, which needs a single dtype.
         wide = [t if t.dtype is self.accumulate_in else t.to(self.accumulate_in) for t in tensors]
         return _flatten_dense_tensors(wide)  # type: ignore[no-any-return,no-untyped-call]

@@ -17,7 +17,7 @@ _NAME = "sam_state"
 
 
 class MethodStateCheckpoint:
-    """What a method, `sam_trigger` and the automatic radius keep, also in `sam_state.safetensors`.
+    """State of a method, `sam_trigger` and the automatic radius, saved in `sam_state.safetensors`.
 
     If all processes hold the same state, one of them writes the file. If each holds its own shards,
     or makes its own perturbations, each writes one: `sam_state_0-of-4.safetensors`, ...
@@ -30,7 +30,7 @@ class MethodStateCheckpoint:
         has_rule = config.sam_trigger != "always" or config.sam_rho is None
         self._is_used = method.has_state or has_rule
         self._method, self._layout, self._parameters = config.sam_method, layout, parameters
-        # What a rule keeps is the same on all processes.
+        # The state of a rule is the same on all processes.
         each_alone = config.sam_scope == "micro_batch"
         self.is_shared = not method.has_state or layout.shares_state(each_alone)
         self._before: tuple[int, State] = (-1, {})
@@ -71,7 +71,7 @@ class MethodStateCheckpoint:
         if not path.is_file():
             if others := sorted(file.name for file in folder.glob(f"{_NAME}*.safetensors")):
                 raise ValueError(
-                    f"{folder} holds SAM's state as {', '.join(others)}, and this process needs "
+                    f"{folder} holds SAM's state as {', '.join(others)}, but this process needs "
                     f"{path.name}. Resume with the same number of processes, the same layout and "
                     "the same sam_scope, or remove these files to start with an empty state."
                 )
@@ -108,7 +108,7 @@ class MethodStateCheckpoint:
                         "and the layout that wrote it, or remove the file to start empty."
                     )
                 device = self._layout.device if weight is None else weight.device
-                # A copy: memory-mapped tensors are not aligned, and sums over them differ in order.
+                # A copy: memory-mapped tensors are not aligned, which changes the summation order.
                 self.state.setdefault(slot, {})[name] = tensor.to(device, copy=True)
 
     def _path(self, folder: Path) -> Path:

@@ -42,7 +42,7 @@ class Metrics:
         self._passes, self._updates = 0.0, 0
 
     def add_sharpness(self, rise: Tensor) -> None:
-        """Record L(w + e) - L(w) of one update. It is not averaged if it is not finite."""
+        """Record L(w + e) - L(w) of one update. Left out if it is not finite."""
         self._rises.append(rise)
         if len(self._rises) >= _FOLD:
             self._fold()
@@ -117,6 +117,6 @@ def measure(
         members, g_s = (list(side) for side in zip(*pairs, strict=True))
         every, dot = dot_over(range(len(g))), dot_over(members)
         product = dot([g[i] for i in members], g_s)
-        # Two roots: the product of the squares overflows, or is 0, where the norms are not.
+        # Two roots: the product of the squares may overflow or underflow where the norms do not.
         values["grad_cosine"] = product / every(g, g).sqrt() / dot(g_s, g_s).sqrt()
     return values

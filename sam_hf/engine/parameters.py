@@ -21,7 +21,7 @@ def parameter_groups(model: nn.Module) -> dict[str, str]:
 
     Parameters of normalisation layers, recognised by their class and not by parameter names, are
     "norms". Embedding tables, and what an embedding module itself holds (position embeddings, class
-    tokens), are "embeddings". Of the rest, vectors and scalars are "biases", and parameters with
+    tokens), are "embeddings". Of all others, vectors and scalars are "biases", and parameters with
     two or more dimensions "matrices". A tied weight belongs to its first occurrence.
     """
     groups: dict[str, str] = {}
@@ -100,7 +100,7 @@ class TrainedParameters:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Follow what a callback has frozen, unfrozen or added since; whether anything changed.
+        """Update for parameters frozen, unfrozen or added since; returns whether any were.
 
         The flags are read one by one, since PyTorch reports no change: 0.1 us per parameter.
         """
@@ -117,7 +117,7 @@ class TrainedParameters:
         ids = set(stepped)
         if not any(id(p) in ids for p in self._in_model):
             ids = {id(p) for p in self._in_model}  # DeepSpeed's optimizers step flat copies
-        self.trained.clear()  # shared with others, who must see the change
+        self.trained.clear()  # in place, since other objects hold this dictionary
         named = [(canonical_name(name), p) for name, p in self._model.named_parameters()]
         self.trained.update((n, p) for n, p in named if p.requires_grad and id(p) in ids)
         self.perturbable = {n: p for n, p in self.trained.items() if n in self.selected}

@@ -1,4 +1,4 @@
-"""The perturbation: w + e in the place of w, and back."""
+"""The perturbation: w + e in place of w, and back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def step_size(rho: Radius, squared_norm: Tensor) -> Tensor | float:
 
 
 class Perturbation:
-    """w + e in the place of w until `restore` puts w back bit for bit.
+    """w + e in place of w until `restore` puts w back bit for bit.
 
     w is restored from a copy: subtracting e would leave a rounding error in every weight. The
     weights, local tensors, are written in place, because other objects (sharded parameters, flat
@@ -49,7 +49,7 @@ class Perturbation:
         torch._foreach_copy_(saved, self.weights)
         self.saved = saved
         if any(w.dtype in HALF for w in self.weights):
-            # In fp32: neither the scale nor scale * d need fit half precision.
+            # In fp32: the scale or scale * d may not fit in half precision.
             direction = [d.float() for d in direction]
         if isinstance(scale, float):
             if scale:

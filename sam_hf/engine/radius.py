@@ -1,4 +1,4 @@
-"""The radius: found automatically, and told when a given one is wrong."""
+"""The automatic radius, and a warning about an unsuitable fixed one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUMS = ("loss_sum", "losses", "rise_sum", "rises")
 
 
 class AutomaticRadius:
-    r"""Moves rho so that e undoes a share of what the run has learned, for `sam_rho=None`.
+    r"""Adapts rho so that e undoes a share of what the run has learned, for `sam_rho=None`.
 
     With the smoothed loss :math:`\bar L` and its first value :math:`L_0`, the run has learned
     :math:`L_0 - \bar L`, and :math:`\bar L` is left. The sharpness L(w + e) - L(w) is held at the
@@ -26,16 +26,16 @@ class AutomaticRadius:
     .. math:: \log \rho \leftarrow \log \rho + k \, \log
               \frac{c \, \min(L_0 - \bar L, \; \bar L)}{L(w + e) - L(w)}
 
-    Losses know neither the norm of e nor the parameters that it moves. A model that has not begun
-    to learn keeps a small rho, so that e does not undo every step that leads away from the start;
-    where hardly any loss is left, rho falls with it.
+    The rule uses losses alone, whatever the norm of e and the perturbed parameters. A model that
+    has not started to learn keeps a small rho, so that e does not undo every step away from the
+    start; when hardly any loss is left, rho falls with it.
 
-    rho moves once in four updates that may be perturbed, by the means since it moved last: by a
-    factor of e at most (k = 1/4), within 1e-6 and 1e4. :math:`\bar L` moves by k towards them
-    too; plain updates count for it. The share is taken of 1 % of :math:`L_0` where less has been
-    learned or is left. A negative loss counts by its size. What is not finite does not count, nor
-    does a rise where e is 0 (a zero or overflowed gradient). All is averaged over micro-batches and
-    processes, stays on the device, and is saved with the state of the method.
+    rho changes once every four updates that may be perturbed, by the means since its last change:
+    by a factor of exp(1) at most (k = 1/4), within 1e-6 and 1e4. :math:`\bar L` moves by k towards
+    them too; plain updates count for it. The share is taken of at least 1 % of :math:`L_0`. Of a
+    negative loss, the absolute value counts. Non-finite values do not count, nor does a rise where
+    e is 0 (a zero or overflowed gradient). All is averaged over micro-batches and processes, stays
+    on the device, and is saved with the state of the method.
 
     Args:
         target_sharpness: c, above 0 and at most 1.
@@ -46,7 +46,7 @@ class AutomaticRadius:
 
     START = 0.01
     GAIN = 0.25  # k
-    EVERY = 4  # updates that may be perturbed: the losses of one are noise
+    EVERY = 4  # updates that may be perturbed: the losses of a single one are too noisy
     LIMIT = 4.0  # of a logarithm
     LEAST = 0.01  # of the first loss
     LOWEST, HIGHEST = 1e-6, 1e4
@@ -82,7 +82,7 @@ class AutomaticRadius:
         total: Callable[[Sequence[Tensor]], Tensor],
         scopes: int = 1,
     ) -> None:
-        """Take the losses of an update, and move rho if it is time.
+        """Add the losses of an update, and change rho if that is due.
 
         Args:
             update: its number.
@@ -90,7 +90,7 @@ class AutomaticRadius:
             rises: for each scope that this process has perturbed, what it adds to
                 L(w + e) - L(w), and a factor of e.
             total: sums numbers over the processes, all of which call this.
-            scopes: how many the update has.
+            scopes: number of scopes in the update.
         """
         nothing = torch.zeros_like(self._start)
         is_finite = loss.isfinite()
@@ -99,7 +99,7 @@ class AutomaticRadius:
             each = torch.stack([rise for rise, _ in rises])
             sizes = [torch.as_tensor(size, device=each.device) for _, size in rises]
             counts = each.isfinite() & (torch.stack(sizes) != 0)
-            # The scopes that count stand for the others.
+            # The others are assigned the mean of the scopes that count.
             rise = torch.where(counts, each, 0).sum() * (scopes / counts.sum())
             numbers[2:] = torch.where(counts.any(), rise, 0), counts.any()
         values = dict(self._state.get(_SLOT, self._initial))
@@ -111,12 +111,12 @@ class AutomaticRadius:
         self._state[_SLOT] = values
 
     def goal(self, first_loss: Tensor, loss: Tensor) -> Tensor:
-        """The sharpness to hold at a smoothed loss: 0-dimensional tensors."""
+        """The target sharpness at a smoothed loss: 0-dimensional tensors."""
         share = torch.minimum(first_loss - loss, loss.abs())
         return self._target * torch.maximum(share, self.LEAST * first_loss.abs())
 
     def _move(self, values: dict[str, Tensor]) -> None:
-        # NaN if no update counts: then nothing moves.
+        # NaN if no update counts: then nothing changes.
         loss = values["loss_sum"] / values["losses"]
         rise = values["rise_sum"] / values["rises"]
         first, before = _known(values["first_loss"], loss), _known(values["loss"], loss)
@@ -134,12 +134,12 @@ def _known(value: Tensor, other: Tensor) -> Tensor:
 
 
 class RadiusCheck:
-    """Says, once in a run, that a fixed radius is far too large or does nothing.
+    """Warns, once per run, that a fixed radius is far too large or has no effect.
 
     Far too large: the cosine was below 0.3 in three logs in a row, or the sharpness above the loss.
-    Nothing: the cosine was above 0.999 in all of the first ten logs, or in the Trainer in all of a
-    shorter run with three logs or more. A sharpness within the rounding of the loss counts as such
-    a cosine: e is then lost in the rounding of w, from which the cosine is measured.
+    No effect: the cosine was above 0.999 in all of the first ten logs, or in the Trainer in all of
+    a shorter run with three logs or more. A sharpness within the rounding of the loss counts as
+    such a cosine: e, from which the cosine is measured, is then lost in the rounding of w.
     """
 
     LOW, HIGH = 0.3, 0.999
@@ -152,7 +152,7 @@ class RadiusCheck:
         self._is_done = not config.sam_rho  # automatic, or off
 
     def add(self, metrics: dict[str, float], loss: float | None, update: int) -> None:
-        """Look at the metrics of a log, and at the training loss next to them."""
+        """Check the metrics of a log, and the training loss next to them."""
         cosine, sharpness = metrics.get("sam_grad_cosine"), metrics.get("sam_sharpness")
         readings = []
         if loss is not None and sharpness is not None and cosine is not None:
@@ -174,7 +174,7 @@ class RadiusCheck:
             self.end()
 
     def end(self) -> None:
-        """At the end of a run."""
+        """Check all logs at the end of a run."""
         if len(self._cosines) >= self.LOGS and min(self._cosines) > self.HIGH:
             reading = f"sam_grad_cosine was {min(self._cosines):.5g} or more"
             self._warn(f"changes next to nothing: {reading} in all logs", "larger")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _WORDS = 625  # MT19937's key of 624 words, and a position
-_SEEN = 64  # bytes of them that are looked at
+_SEEN = 64  # bytes of them that are compared
 
 
 class RandomState:
@@ -53,7 +53,7 @@ class _Python:
         self._latest: Any = None
         self._seen: Any = None
         self._memory: Any = None  # the position and the first words; None if they are not found
-        # Where CPython keeps the words; verified, since no interface promises it.
+        # Where CPython keeps the words; verified, since this is not documented.
         size = getattr(type(self._generator), "__basicsize__", 0)
         if size >= object.__basicsize__ + 4 * _WORDS:
             address = id(self._generator) + object.__basicsize__

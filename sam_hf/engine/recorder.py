@@ -16,14 +16,14 @@ from .state import StateSnapshot
 
 @dataclass
 class RecordedCall:
-    """A closure that computes a loss and its gradient, and what it found when it was first run."""
+    """A closure that computes a loss and its gradient, and the state when it was first run."""
 
     closure: Callable[[], Tensor]
     """Runs forward and backward at the current weights; returns the detached loss."""
     random_state: RandomState | None = None
-    """As the call found it; None for a call that was deferred to the descent pass."""
+    """At the start of the call; None for a call that was deferred to the descent pass."""
     state: StateSnapshot | None = None
-    """As the call found it."""
+    """At the start of the call."""
     share: float = 1.0
     """Fraction of its examples that the ascent pass used."""
     weight: float = 1.0
@@ -50,7 +50,7 @@ class InputKeeper:
 
     Containers are copied, since callees pop `labels`. Tensors are shared with the caller, who holds
     them in any case. Those that a callee writes in place are copied: in the first call all are, and
-    their version counters tell which of them need to be.
+    their version counters show which of them need to be.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,7 @@ class InputKeeper:
         """Inputs for the replay.
 
         Raises:
-            RuntimeError: a tensor was computed with gradients, and a replay could not compute it
-                again.
+            RuntimeError: a tensor was computed with gradients, and a replay cannot recompute it.
         """
         kept = KeptInputs(self)
         kept.value = kept.copy(inputs, ())
@@ -89,8 +88,8 @@ class InputKeeper:
             names = ", ".join(repr(".".join(map(str, path))) for path in sorted(new, key=str))
             warnings.warn(
                 f"The loss function wrote into the input {names} in place, for the first time in "
-                "this run: in this update the second pass sees the input as it was left. From now "
-                "on it is copied.",
+                "this run: in this update the second pass sees the modified input. From now on it "
+                "is copied.",
                 stacklevel=2,
             )
 
@@ -110,7 +109,7 @@ class KeptInputs:
             return self._tensor(value, path)
         if type(value) is dict:
             return {key: self.copy(item, (*path, key)) for key, item in value.items()}
-        if type(value) is not tuple and isinstance(value, Mapping):  # which takes long to find out
+        if type(value) is not tuple and isinstance(value, Mapping):  # a slow check
             duplicate = copy.copy(value)
             if hasattr(duplicate, "__setitem__"):
                 for key, item in value.items():
@@ -126,11 +125,11 @@ class KeptInputs:
         if value.grad_fn is not None:
             raise RuntimeError(
                 f"The loss function reads a tensor of shape {tuple(value.shape)} that was computed "
-                "with gradients before the call. The second pass could not compute it again. "
+                "with gradients before the call. The second pass cannot recompute it. "
                 "Compute it in the loss function (compute_loss, or the closure of sam.backward), "
                 "detach it if it is a constant, or set sam_rho=0."
             )
-        if not value.is_inference():  # PyTorch does not count what is written into those
+        if not value.is_inference():  # PyTorch does not count writes to those
             self.shared.append((path, value, value._version))
             if not self._keeper.needs_copy(path, value):
                 return value

@@ -56,7 +56,7 @@ def learning_rate_share(optimizer: Any) -> float:
 
 
 def interval_of(config: SAMConfig) -> int:
-    """Distance in updates between two that have a descent pass."""
+    """Number of updates from one with a descent pass to the next."""
     return max(config.sam_interval, config.build_method().interval)
 
 
@@ -91,9 +91,10 @@ def describe_cost(
     target = f"auto (target sharpness {config.sam_target_sharpness:g})"
     radius = target if config.sam_rho is None else f"{float(config.sam_rho):g}"
     at_most = "at most " if config.sam_trigger != "always" else ""
+    noun = "pass" if f"{passes:.4g}" == "1" else "passes"
     line = (
         f"sam_hf: {config.sam_method}, rho {radius}, {max_updates} updates of {at_most}"
-        f"{passes:.4g} forward-backward passes each on average (a plain step: 1)"
+        f"{passes:.4g} forward-backward {noun} each on average (a plain step: 1)"
     )
     if share is not None and share > 1.01 * config.sam_ascent_fraction:
         line += (
@@ -104,7 +105,7 @@ def describe_cost(
 
 
 class GradientNormTrigger:
-    """AE-SAM's rule: perturb where the squared gradient norm is high against its running mean.
+    """AE-SAM's rule: perturb if the squared gradient norm is high relative to its running mean.
 
     With μ and σ² exponential moving averages (decay δ = 0.9) of the squared norm and of its squared
     distance from μ, update t of T is perturbed if
@@ -116,7 +117,7 @@ class GradientNormTrigger:
     start at 0, so that the first update is perturbed. g is the gradient of the parameters that
     `sam_params` selects; in the paper, of all parameters.
 
-    The result, which decides on the descent pass, is read: one host synchronization per update.
+    The result decides on the descent pass, so reading it costs one host synchronization per update.
     """
 
     DECAY = 0.9
@@ -130,7 +131,7 @@ class GradientNormTrigger:
         return None if config.sam_trigger == "always" else cls(config, state)
 
     def __call__(self, squared_norm: Tensor, update: int, max_updates: int) -> bool:
-        """Update the averages with the squared norm of g; whether it is high."""
+        """Update the averages with the squared norm of g; returns whether it is high."""
         slot = self._state.setdefault("trigger", {})
         nothing = torch.zeros_like(squared_norm)
         mean, variance = slot.get("mean", nothing), slot.get("variance", nothing)

@@ -1,4 +1,4 @@
-"""State that a training pass reads and writes outside of the gradients: captured, restored.
+"""Captures and restores the state, besides gradients, that a training pass reads and writes.
 
 The pass at w + e repeats a pass at w. Counters, metric lists, running statistics, memory banks and
 the like must change once for each batch, and the repeated pass must find them as the first pass
@@ -27,7 +27,7 @@ T = TypeVar("T")
 Pairs = list[tuple[Any, Any]]
 # Exact types: subclasses may forbid what restoring does (`ModelOutput.update` raises).
 _CONTAINERS = (dict, defaultdict, OrderedDict, Counter, list, set, deque)
-# What an object may hold besides containers and arrays and still be taken for a meter or metric.
+# Attributes, in addition to containers and arrays, of objects that count as meters or metrics.
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _PLAIN = (*_SCALARS, Enum, PurePath, tuple, Tensor, torch.device, torch.dtype)
 _CODE = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, functools.partial)
@@ -163,12 +163,12 @@ class StateTracker:
             self._visit_all(root.values(), root)
         frozen: list[Tensor] = [t for t in self._watched if isinstance(t, nn.Parameter)]
         trained = sum(x.nbytes for x in self._ignored if isinstance(x, nn.Parameter))
-        # A copy of a base model under adapters would not fit the memory budget: their norms tell
+        # A copy of a base model under adapters would not fit the memory budget: their norms show
         # whether the first pass writes them.
         self._large_frozen = frozen if sum(t.nbytes for t in frozen) > trained else []
         self._is_searching = False
 
-    # ---- What there is -----------------------------------------------------------------------
+    # ---- Finding the state -------------------------------------------------------------------
 
     def _visit(self, value: Any) -> None:
         if isinstance(value, _CODE) or id(value) in self._seen:
@@ -215,7 +215,7 @@ class StateTracker:
         if self._skips_tensors:
             self._without_tensors.add(id(value))
         if len(value) > _LONG and not self._is_first:
-            self._rewritten.add(id(value))  # no first pass can tell
+            self._rewritten.add(id(value))  # unknown, since it appeared after the first pass
         if len(value) <= _VERY_LONG:
             self._visit_all(value.values() if isinstance(value, dict) else value)
 
@@ -255,7 +255,7 @@ class StateTracker:
 
         Args:
             since: the latest snapshot, if it is from before the pass that ran last. What that pass
-                created is not looked for: it is out of reach once the state is restored.
+                created is not searched for: it is unreachable once the state is restored.
 
         Returns:
             The snapshot; `since` itself if nothing has changed.
@@ -284,8 +284,8 @@ class StateTracker:
         )
 
     def _search(self) -> None:
-        """Follow what was put into attributes and containers since the latest search."""
-        if self._is_searching:  # an interrupt has hit that one, or this is the first one
+        """Find what was added to attributes and containers since the latest search."""
+        if self._is_searching:  # that one was interrupted, or this is the first one
             self._walk()
         self._is_searching = True
         stale = set[int]()
@@ -294,7 +294,7 @@ class StateTracker:
             self._latest_values = self._variables.values
             stale = self._without_tensors - self._of_roots - set(map(id, self._latest_values))
         known = len(self._ids)
-        for i, container in enumerate(self._containers):  # which grows on the way
+        for i, container in enumerate(self._containers):  # which grows during the loop
             ids = self._ids_in(container)
             if i >= known:
                 self._contents.append(self._copy(container))
@@ -308,7 +308,7 @@ class StateTracker:
         self._is_searching = False
 
     def _ids_in(self, container: Any) -> Any:
-        """What differs if a container holds other objects than before, in another order."""
+        """A key that changes if a container holds other objects, or in another order."""
         if type(container) is _Attributes:
             return container.ids()
         if len(container) > _LONG:
@@ -318,7 +318,7 @@ class StateTracker:
         return list(map(id, container))
 
     def _is_copied(self, container: Any) -> bool:
-        # What a set or a bounded queue has gained does not show in its length.
+        # The length of a set or a bounded queue does not show what was added.
         is_short = len(container) <= _LONG or self._is_first or id(container) in self._rewritten
         return is_short or isinstance(container, set) or hasattr(container, "maxlen")
 
@@ -329,7 +329,7 @@ class StateTracker:
             return None
 
     def _drop(self, ids: set[int]) -> None:
-        """Forget these, and what nobody else refers to any more."""
+        """Forget these, and objects that are no longer referenced elsewhere."""
         for items in self._found:
             if items:
                 ids |= {id(x) for x in items if sys.getrefcount(x) <= _NO_OTHER_REFERENCE}
@@ -357,7 +357,7 @@ class StateTracker:
             before: captured before the pass. The copies of tensors that are not written are freed.
 
         Returns:
-            Whether `before` holds all that the pass wrote: not if a large tensor is written, or a
+            Whether `before` holds all that the pass wrote. False if a large tensor is written, or a
             long list rewritten, for the first time after the first pass.
         """
         written = {id(t) for t, version in before.versions if _version(t) != version}
@@ -423,7 +423,7 @@ class _Attributes:
 
 
 class _Ends:
-    """Length of a long container and, of a list, its ends: they show a growth and a rotation."""
+    """Length of a long container and, of a list, its ends, which show growth and rotation."""
 
     def __init__(self, container: Any) -> None:
         self.length = len(container)
@@ -433,7 +433,7 @@ class _Ends:
         return [self.length, *map(id, self._ends)]
 
     def moved(self, container: Any) -> bool:
-        """Whether the container has not only grown."""
+        """Whether the container has changed other than by growing."""
         if len(container) < self.length:
             return True
         if not self._ends:
@@ -454,7 +454,7 @@ class StateSnapshot:
     norms: list[float]
 
     def ids_of_changed(self, large: list[Tensor]) -> set[int]:
-        """What has other values than in the snapshot. Waits for the device."""
+        """Ids of what has other values than in the snapshot. Waits for the device."""
         changed: list[Any] = [
             t for t, was in self.tensors if not (t.shape == was.shape and torch.equal(t, was))
         ]
@@ -468,7 +468,7 @@ class StateSnapshot:
         self.arrays = [pair for pair in self.arrays if id(pair[0]) in ids]
 
     def restore(self) -> None:
-        """Put the state back. It may be called again."""
+        """Restore the state. May be called repeatedly."""
         for container, content in self.contents:
             try:
                 _restore_container(container, content)
@@ -505,10 +505,10 @@ def _set_generator_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
-# What the interpreter counts for an object that a list and a loop variable alone refer to.
+# The reference count of an object that only a list and a loop variable refer to.
 _NO_OTHER_REFERENCE = [sys.getrefcount(x) for x in [object()]][0]  # noqa: RUF015
 _NO_OWNER = [sys.getrefcount(x.namespace) for x in [_Attributes({}, frozenset())]][0]  # noqa: RUF015
-# Attributes of every nn.Module that are not state, or that are tracked otherwise.
+# Attributes of every nn.Module that are not state, or that are tracked elsewhere.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()).keys() - {"training"})
 _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deepspeed.")
 
@@ -559,7 +559,7 @@ def _starts_with(container: Any, kept: Any) -> bool:
 
 
 def _new_values(content: Any, ids: Any) -> list[Any]:
-    """The values in the copy of a container that were not there with earlier ids."""
+    """The values in the copy of a container whose ids are not among the earlier ones."""
     if content is None or type(content) is _Ends or len(content) > _VERY_LONG:
         return []
     known = set(ids) if isinstance(ids, list) else ()

@@ -55,11 +55,12 @@ def select_examples(inputs: Any, indices: Tensor) -> Any:
 
 
 class AscentSubset:
-    """Which examples have an ascent pass.
+    """Selects the examples of the ascent pass.
 
     If the function that computes the loss accepts a part of a micro-batch (`can_cut`), a subset of
-    each micro-batch. Otherwise, and where micro-batches are too small (a quarter of one example is
-    that example) and may have no ascent pass (`can_skip`), the first micro-batches of an update.
+    each micro-batch. Otherwise, and where micro-batches are too small (a quarter of one example
+    rounds up to one) and may have no ascent pass (`can_skip`), the first micro-batches of an
+    update.
 
     The subset is random, so that its loss is an unbiased estimate of the loss at w whatever the
     order of the examples. The draw depends on the seed, the update and the number of the
@@ -107,7 +108,7 @@ class AscentSubset:
                 kwargs = kwargs | {"inputs": inputs}
             else:
                 args = (args[0], inputs, *args[2:])
-            # A sum over items is divided by their number in the update: scale to what is expected.
+            # A sum over items is divided by their number in the update: scale that too.
             if (items := kwargs.get("num_items_in_batch")) is not None:
                 kwargs = kwargs | {"num_items_in_batch": items * (taken / n)}
             return args, kwargs, taken / n
@@ -116,5 +117,5 @@ class AscentSubset:
 
 
 def _part(fraction: float, count: int) -> int:
-    """A fraction of `count` things, rounded up to whole ones."""
+    """A fraction of `count`, rounded up to an integer, at least 1."""
     return max(1, math.ceil(fraction * count - 1e-9))

@@ -51,7 +51,7 @@ class MicroBatch(Protocol):
         """Run forward and backward; returns the detached loss."""
 
     def ascent(self) -> Tensor:
-        """The same, with every loss recorded by `UpdateEngine.record`."""
+        """Like `plain`, with every loss recorded by `UpdateEngine.record`."""
 
     def defer(self) -> None:
         """Record the loss without running it."""
@@ -61,12 +61,12 @@ class MicroBatch(Protocol):
 
 
 class UpdateEngine:
-    """Makes SAM updates out of closures that compute a loss and its gradient.
+    """Makes SAM updates from closures that compute a loss and its gradient.
 
     In one update, with the symbols of the SAM paper: the ascent pass runs at w and is recorded;
     when the scope is complete, `.grad` holds g and the method turns it into e; the recorded calls
-    are replayed at w + e, which leaves g_s in `.grad`; w is put back. Clipping and the optimizer
-    step follow outside.
+    are replayed at w + e, which leaves g_s in `.grad`; w is restored. Clipping and the optimizer
+    step are left to the caller.
 
     Args:
         is_watched: foreign code may write gradients within the ascent closure (`GradientLedger`).
@@ -110,7 +110,7 @@ class UpdateEngine:
         self.is_in_descent_pass = False
         self.perturbed_updates = 0
         self.micro_batches = 0
-        """How many of the current update have begun."""
+        """How many of the current update have started."""
         self.latest_ascent_cost = 0.0
         self.has_replayed = False
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -273,7 +273,7 @@ class UpdateEngine:
         return loss
 
     def _apart(self, ascent: Callable[[], Tensor], is_complete: bool) -> Tensor:
-        """Run an ascent pass whose gradients are accumulated apart from the foreign ones.
+        """Run an ascent pass whose gradients are accumulated separately from foreign ones.
 
         Afterwards `.grad` holds g, if that is complete. Otherwise, and if the pass fails, it holds
         what it holds in plain training.
@@ -334,7 +334,7 @@ class UpdateEngine:
         with_gradients = torch.is_grad_enabled()
 
         def undo() -> None:
-            if torch.is_grad_enabled() != with_gradients:  # an interrupt has hit a `no_grad` block
+            if torch.is_grad_enabled() != with_gradients:  # a `no_grad` block was interrupted
                 torch.set_grad_enabled(with_gradients)
             perturbation.restore()
             if not is_complete:
@@ -390,8 +390,8 @@ class UpdateEngine:
         if not self._finds_all_state:
             warnings.warn(
                 "A large tensor or a long list that the trainer or a module holds was written for "
-                "the first time in this run: in this update alone, the second pass finds it as the "
-                "first one left it.",
+                "the first time in this run: in this update only, the second pass sees it as the "
+                "first pass left it.",
                 stacklevel=2,
             )
         is_measured = bool(perturbed) and batch.is_measured()
@@ -420,7 +420,7 @@ class UpdateEngine:
             self._rises.append((descent_loss - ascent_loss, self._scale))
 
     def _require_no_foreign(self, is_apart: bool) -> None:
-        """Refuse a foreign gradient that several processes would have to reduce apart from g_s."""
+        """Refuse a foreign gradient that several processes cannot reduce separately from g_s."""
         is_reduced = self.layout.reduces_kept_gradients and not self._each_alone
         if is_apart and is_reduced and self.ledger.has_foreign:
             raise RuntimeError(
@@ -441,7 +441,7 @@ class UpdateEngine:
         def undo() -> None:
             self.is_in_descent_pass = False
             state.restore()
-            # Masks of its own advance the generators, but not those of a pass that failed.
+            # A pass with its own masks advances the generators, unless it failed.
             if replays_random_numbers or not is_complete:
                 (random_state if is_complete else first_random_state).restore()
 
@@ -454,8 +454,8 @@ class UpdateEngine:
             for number in range(1, count + 1):
                 call = calls.pop()  # its inputs are freed with it
                 if replays_random_numbers:
-                    # A first pass over a subset has drawn less than this one does: the calls after
-                    # it continue from here, or they would repeat its numbers.
+                    # A first pass over a subset has drawn fewer numbers than this one: the calls
+                    # after it continue from here, or they would repeat its numbers.
                     continues = call.random_state is None or (call.share < 1 and number > 1)
                     found = random_state if continues else call.random_state
                     assert found is not None

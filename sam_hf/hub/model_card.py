@@ -23,7 +23,7 @@ _METRIC_PATTERN = re.compile(r"(train_)?loss|eval_.*(?<!_runtime)(?<!_per_second
 
 _MEANINGS = {
     "sam_sharpness": "L(w + e) − L(w), averaged over the updates since the previous log",
-    "sam_rho": "radius in force",
+    "sam_rho": "radius of the update",
     "sam_perturbation_norm": "‖e‖₂ as applied",
     "sam_ascent_grad_norm": "‖g‖₂ at w",
     "sam_grad_cosine": "cosine similarity of the gradients at w and w + e",

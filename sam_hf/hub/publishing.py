@@ -97,7 +97,7 @@ class PublishingMixin(_Base):
             logger.warning("%s: %s", problem, " ".join(str(error).split()))
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.push_to_hub. After a failure, the error tells how to upload the saved model."""
+        """Trainer.push_to_hub. After a failure, the error says how to upload the saved model."""
         folder = self._sam_folder
         given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
         command = self._sam_upload_command(folder, ".", given.get("revision"), given.get("private"))

@@ -18,11 +18,11 @@ Dot = Callable[[Tensors, Tensors], Tensor]
 """``dot(xs, ys)``: the inner product over all tensors and all shards, a 0-dimensional tensor."""
 
 Radius = float | Tensor
-"""rho: a number, or where it is automatic a 0-dimensional tensor."""
+"""rho: a number, or a 0-dimensional tensor if it is automatic."""
 
 State = dict[str, dict[str, Tensor]]
 """What a method keeps between updates: slot -> parameter name -> tensor. It is saved with every
-checkpoint, and sharded as the parameters are."""
+checkpoint, and sharded like the parameters."""
 
 
 def option(default: Any, *, help: str, choices: Collection[str] = (), **limits: float) -> Any:
@@ -56,7 +56,7 @@ class Method:
     citation: ClassVar[str]
     """BibTeX entry of the paper, shown in model cards."""
     perturbs: ClassVar[bool] = True
-    """There is a pass at w + e. Otherwise the only pass is at w; the method acts at the step."""
+    """There is a pass at w + e. Otherwise the method acts at the step, and the pass is at w."""
     combines: ClassVar[bool] = False
     """`combine` needs g next to g_s; g is kept in the descent pass (one copy of the gradient)."""
     reuses: ClassVar[bool] = False
@@ -88,7 +88,7 @@ class Method:
 
     @property
     def interval(self) -> int:
-        """Distance in updates between two that the method perturbs by its own rule."""
+        """Number of updates from one to the next that the method perturbs by its own rule."""
         return 1
 
     def should_perturb(self, update: int, state: State) -> bool:
@@ -150,7 +150,7 @@ class Method:
         return None
 
     def reuse(self, names: Names, grads: Tensors, dot: Dot, state: State) -> None:
-        """Overwrite g by what the optimizer gets in an update without a descent pass."""
+        """Overwrite g with what the optimizer gets in an update without a descent pass."""
 
     def before_step(
         self, names: Names, weights: Tensors, grads: Tensors, learning_rates: Floats, rho: Radius

@@ -28,7 +28,7 @@ class FriendlySAM(Method):
 
     Settings: ``sigma`` 1, ``ema_decay`` (λ) 0.9 (authors' scripts: 0.6), ``sam_rho`` 0.1 to 0.2.
 
-    In scope `micro_batch` m is updated by every micro-batch, on each process by its own. A zero or
+    In scope `micro_batch` every micro-batch updates m, separately on each process. A zero or
     non-finite gradient does not change m. ``sam_grad_cosine`` is not logged, because g is not kept.
     """
 

@@ -1,7 +1,7 @@
 """Arithmetic on lists of tensors, on one or several devices, without a host synchronization.
 
-Every function costs a number of kernel launches that does not depend on the number of tensors,
-beyond what multi-tensor operations need.
+The number of kernel launches of each function does not depend on the number of tensors, beyond
+what multi-tensor operations need.
 """
 
 from collections import defaultdict
@@ -105,7 +105,7 @@ def zero_unless(tensors: Sequence[Tensor], flag: Tensor) -> list[Tensor]:
 
 
 def _has_fused_kernel(targets: list[Tensor], sources: list[Tensor]) -> bool:
-    """Whether the multi-tensor kernel is there and takes these: it neither mixes dtypes (weights in
+    """Whether the multi-tensor kernel exists and takes these: it mixes neither dtypes (weights in
     half precision with a direction in fp32) nor memory formats."""
     return targets[0].device.type in _get_fused_kernels_supported_devices() and all(
         t.dtype is s.dtype and t.stride() == s.stride()

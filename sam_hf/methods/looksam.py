@@ -25,7 +25,7 @@ class LookSAM(SAM):
     Paper: Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware
     Minimization", CVPR 2022, https://arxiv.org/abs/2203.02714, algorithm 1.
 
-    Cost: 1 + 1/k passes per update; g_v, in every k-th also a copy of the perturbed weights and g.
+    Cost: 1 + 1/k passes per update; g_v, and g and a copy of the perturbed weights in every k-th.
 
     Settings: ``k`` 5, ``alpha`` 0.7. Scope `batch` only, which has g of the whole update. Not under
     DeepSpeed, which hides g_s.

@@ -26,7 +26,7 @@ class VaSSO(Method):
 
     Settings: ``theta`` 0.9 (the paper also tries 0.2 and 0.4), ``sam_rho`` as for SAM.
 
-    In scope `micro_batch` every micro-batch updates d, on each process its own. A zero or
+    In scope `micro_batch` every micro-batch updates d, separately on each process. A zero or
     non-finite gradient leaves d as it is and perturbs nothing. ``sam_grad_cosine`` is not logged.
     """
 

@@ -27,7 +27,7 @@ def require_lora(model: Any, method: str) -> None:
         )
 
 
-# What matches the layers of the trained adapter. Biases, heads, tokens and DoRA are not copied.
+# Options copied from the trained adapter; not those of biases, heads, tokens and DoRA.
 _COPIED = """
 task_type target_modules target_parameters exclude_modules layers_to_transform layers_pattern
 fan_in_fan_out lora_dropout
@@ -46,8 +46,8 @@ class AuxiliaryAdapter:
 
         if AUXILIARY in model.peft_config:
             raise ValueError(
-                f"The model has an adapter named {AUXILIARY!r} already, as one has that another "
-                "trainer made for sam_method='bilora'. Delete it with "
+                f"The model has an adapter named {AUXILIARY!r} already, such as that of another "
+                "trainer with sam_method='bilora'. Delete it with "
                 f"model.delete_adapter({AUXILIARY!r}), or start from a new model."
             )
         if len(model.peft_config) > 1 or len(model.active_adapters) != 1:

@@ -1,4 +1,4 @@
-"""Whether a training step rescales its loss, which the replay by `Trainer`'s own would not."""
+"""Check that a training step does not rescale its loss: the replay would not repeat that."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossScaleCheck:
         self._losses.append(loss.mean() if loss.ndim else loss.clone())
 
     def end_ascent(self, returned: Tensor) -> None:
-        """Record by what the training step has multiplied the losses of its micro-batch."""
+        """Record the factor by which the training step multiplied the losses of its micro-batch."""
         if self._factor is None and self._losses:
             self._factor = returned / torch.stack(self._losses).sum()
         self._losses = []

@@ -38,18 +38,18 @@ class LossCalls:
         self._hooks |= policy_recorders(trainer, lambda: self.latest)
 
     def hook(self) -> None:
-        """Put the hooks in the place of the trainer's methods, which may change between steps."""
+        """Replace the trainer's methods, which may change between steps, with the hooks."""
         self._compute_loss = self._trainer.compute_loss
         self._prepare_inputs = self._trainer._prepare_inputs
         self._before = {name: self._own[name] for name in self._hooks if name in self._own}
         self._own.update(self._hooks)
 
     def unhook(self) -> None:
-        """Put the methods back. It may be called again."""
+        """Restore the methods. May be called repeatedly."""
         self.record: Callable[[Any, Any], Any] | None = None  # takes a call's arguments in a pass
         self.latest: KeptInputs | None = None  # of the latest call in that pass
         self.repeated: KeptInputs | None = None  # of the call that is repeated
-        self.is_running = False  # a recorded call, so that calls from within it are parts of it
+        self.is_running = False  # inside a recorded call, of which nested calls are a part
         for name, hook in self._hooks.items():
             if self._own.get(name) is hook:
                 if name in self._before:
@@ -61,12 +61,12 @@ class LossCalls:
         if not self.is_running:
             if self.repeated is not None:
                 return loss_in(self.run(*self.repeated.value))
-            if self.record is not None and torch.is_grad_enabled():  # no measurement on the way
+            if self.record is not None and torch.is_grad_enabled():  # not a measurement
                 return self.record(args, kwargs)
         return self._compute_loss(*args, **kwargs)
 
     def _on_inputs(self, inputs: Any) -> Any:
-        # Those that are repeated were prepared before they were recorded.
+        # Repeated inputs were prepared before they were recorded.
         return self._prepare_inputs(inputs) if self.repeated is None else inputs
 
     def run(self, args: Any, kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class LossCalls:
 
     def repeat(self, model: nn.Module, kept: KeptInputs, num_items: Any) -> Tensor:
         """Repeat a call through Trainer's own training step; returns its detached loss."""
-        self.inputs.observe(kept)  # what was written after the call that recorded them
+        self.inputs.observe(kept)  # those written since the call that recorded them
         self.repeated = kept
         try:
             with activation_offloading(self._trainer):
@@ -110,7 +110,7 @@ class TrainerMicroBatch:
         self.rho = rho
         self.update, self.total_updates = trainer.state.global_step, trainer.state.max_steps
         self.is_end = training.layout.is_end_of_update
-        self.divisor: int | None = None  # the Trainer divides by the number that there is
+        self.divisor: int | None = None  # the Trainer divides by the actual number
         self._number = training.engine.micro_batches + 1
         self.is_deferred = training.subset.skips(
             self._number, trainer.current_gradient_accumulation_steps
@@ -164,7 +164,7 @@ class TrainerMicroBatch:
                 "is nothing that SAM could replay at w + e. Compute the loss in compute_loss, or "
                 "set sam_rho=0."
             )
-        if calls.inputs.copies_all:  # else they are looked at before they are repeated
+        if calls.inputs.copies_all:  # otherwise each is observed before it is repeated
             for kept in recorded:
                 calls.inputs.observe(kept)
         if not calls.loss_scale.is_done:
@@ -172,7 +172,7 @@ class TrainerMicroBatch:
         return loss
 
     def _refusing_mixed_losses(self, graphs: set[Any]) -> AbstractContextManager[None]:
-        """Refuse a backward pass of more than recorded losses, whose `grad_fn` `graphs` holds."""
+        """Refuse to backpropagate more than recorded losses, whose `grad_fn` are in `graphs`."""
         accelerator = self._trainer.accelerator
         whole = accelerator.backward
 

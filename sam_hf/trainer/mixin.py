@@ -37,7 +37,7 @@ class SAMTrainerMixin(PublishingMixin):
         args, kwargs: passed on to the Trainer class.
 
     Raises:
-        TypeError: a class is made in which the mixin comes after Trainer, where it would do
+        TypeError: a class is defined in which the mixin comes after Trainer, where it would do
             nothing; or options of SAM are passed as arguments of the trainer.
         ValueError: options that are not allowed, or an optimizer, a layout or a model with which
             SAM cannot train (`distributed.validate_layout`).
@@ -70,7 +70,7 @@ class SAMTrainerMixin(PublishingMixin):
                 raise
             raise TypeError(
                 f"{type(self).__name__} takes arguments of a class of its own ({error}). Pass that "
-                "class, and sam_config=SAMConfig(...) in addition, or one that is both: "
+                "class, and sam_config=SAMConfig(...) in addition, or a class that is both: "
                 "`@dataclass class MyConfig(SAMConfig, TheirConfig): ...`."
             ) from error
         if sam_config is not None and isinstance(self.args, SAMConfig):
@@ -95,12 +95,12 @@ class SAMTrainerMixin(PublishingMixin):
 
     @property
     def sam_config(self) -> SAMConfig:
-        """The options in force, those in `args` if it has any, so that a search can set them."""
+        """The SAM options: those in `args` if it has any, so that a search can set them."""
         return self.args if isinstance(self.args, SAMConfig) else self._sam_config
 
     @property
     def is_in_descent_pass(self) -> bool:
-        """Whether the code that asks runs in the second pass of an update, at w + e.
+        """Whether the calling code runs in the second pass of an update, at w + e.
 
         For `compute_loss` functions, models and hooks that log or count: what they do to attributes
         of the trainer and of modules is undone after the second pass, but a file or a logger gets
@@ -121,7 +121,7 @@ class SAMTrainerMixin(PublishingMixin):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """The Trainer's training step, and the second pass where the scope of e is complete.
+        """The Trainer's training step, then the second pass if the scope of e is complete.
 
         Returns the loss at w, detached (MSAM: at w + e). The weights are w if it returns or raises.
         """
@@ -183,7 +183,7 @@ class SAMTrainerMixin(PublishingMixin):
         self._sam_training = None
 
     def _sam_follow_events(self) -> None:
-        """Follow the events of a run at the callback handler, whose callbacks stay as they are."""
+        """Follow the events of a run at the callback handler, without adding a callback."""
         handler: Any = self.callback_handler
         if "call_event" not in vars(handler):
             handler.call_event = functools.partial(self._sam_on_event, handler.call_event)
@@ -204,7 +204,7 @@ class SAMTrainerMixin(PublishingMixin):
             if training is not None:
                 training.end()
         elif training is not None and event in ("on_pre_optimizer_step", "on_step_end"):
-            training.require_training_step()  # a loop may report one event alone
+            training.require_training_step()  # a loop may report only one of them
         return call(event, *args, **kwargs)
 
     def hyperparameter_search(
@@ -263,7 +263,7 @@ class SAMTrainerMixin(PublishingMixin):
 
     @property
     def _sam_lacks_auxiliary(self) -> bool:
-        """Whether they are yet to be added; again for a new model (model_init) or a second run."""
+        """Whether they must be added: once for each new model (model_init) and each further run."""
         if self.sam_config.sam_rho == 0 or not self.sam_config.build_method().needs_auxiliary:
             return False
         return self._sam_auxiliary is None or not self._sam_auxiliary.is_in(self.model)

@@ -29,8 +29,8 @@ from .micro_batch import LossCalls, TrainerMicroBatch
 if TYPE_CHECKING:
     from .mixin import SAMTrainerMixin
 
-# Attributes of a trainer that are not state of its passes: data, the model, the control (which a
-# signal handler may have asked to stop), and those that stay the same in a run. All others are
+# Attributes of a trainer that are not state of its passes: data, the model, the control (where a
+# signal handler may request a stop), and those that stay the same in a run. All others are
 # copied in every pass.
 _NOT_STATE = """
 train_dataset eval_dataset data_collator processing_class model model_wrapped model_init deepspeed
@@ -51,7 +51,7 @@ _sam_auxiliary _sam_saved_in
 
 
 class TrainingState:
-    """What one `train()` needs: the engine, and the closures that connect it to the Trainer.
+    """State of one `train()`: the engine, and the closures that connect it to the Trainer.
 
     The Trainer must have prepared its model and its optimizer.
     """
@@ -74,7 +74,7 @@ class TrainingState:
         tracker = StateTracker(
             [trainer, trainer.state], tracked, _NOT_STATE.split(), [*ignored, *trained]
         )
-        # DeepSpeed takes all gradients but those of the ascent pass out of `.grad`.
+        # DeepSpeed moves all gradients but those of the ascent pass out of `.grad`.
         is_watched = _may_write_gradients(trainer) and not trainer.is_deepspeed_enabled
         self.engine = UpdateEngine(
             config, layout, parameters, optimizer, tracker, is_watched, args.seed, state
@@ -106,7 +106,7 @@ class TrainingState:
         if is_foreign and not self.layout.is_end_of_update:
             raise RuntimeError(
                 "The model is run in training_step outside of compute_loss, before the last micro-"
-                "batch of an update, where FSDP2 keeps gradients out of sight. Run it in "
+                "batch of an update, where FSDP2 does not expose gradients. Run it in "
                 "compute_loss, or set gradient_accumulation_steps=1 or sam_rho=0."
             )
 
@@ -184,7 +184,7 @@ class TrainingState:
         if state.is_world_process_zero:
             rate = learning_rate_share(self.trainer.optimizer) if state.global_step == 0 else 1.0
             line = describe_cost(self.config, state.max_steps, self.subset.share, rate)
-            # Above a progress bar, and on its stream: what is printed may be read by a program.
+            # Above a progress bar, and on its stream: a program may parse stdout.
             tqdm.write(line, file=sys.stderr)
 
     def require_training_step(self) -> None:
@@ -197,7 +197,7 @@ class TrainingState:
             )
 
     def end(self) -> None:
-        """At the end of training: warn if nothing was perturbed."""
+        """Warn at the end of training if nothing was perturbed."""
         state, config, engine = self.trainer.state, self.config, self.engine
         if state.global_step <= self.first_update:
             return
@@ -218,7 +218,7 @@ class TrainingState:
 
 
 def _may_write_gradients(trainer: Any) -> bool:
-    """Whether others may write gradients around a recorded loss: a training step of another class,
+    """Whether other code may write gradients around a recorded loss: a class's own training step,
     or a callback between the micro-batches of an update."""
     inherited = TrainerCallback.on_substep_end
     return overrides(type(trainer), "training_step") or any(

@@ -1,4 +1,4 @@
-"""What TRL's trainers keep outside of `compute_loss` and the second pass needs.
+"""State of TRL's trainers outside of `compute_loss` that the second pass needs.
 
 TRL is not imported: its trainers are recognised by the methods and attributes named here.
 """
@@ -18,9 +18,9 @@ def policy_recorders(
     """Methods that add the log-probabilities at w to recorded inputs without a sampling policy.
 
     GRPO's surrogate weighs each sample by the ratio of the policy to the sampling policy (arXiv
-    2402.03300, eq. 3). If nothing was updated since, TRL uses the current policy as the latter. At
-    w + e that is another policy: the ratio would be 1 whatever e is, and nothing would be clipped.
-    With the log-probabilities at w among its inputs, the second pass has the first's surrogate.
+    2402.03300, eq. 3). Without an update since sampling, TRL uses the current policy as the latter.
+    At w + e that is another policy: the ratio would be 1 for every e, and nothing would be clipped.
+    With the log-probabilities at w among its inputs, the second pass uses the same surrogate.
 
     `latest` returns the kept inputs of the call that is being recorded, or None. The result, by
     name, replaces methods of the trainer; it is empty for trainers that are not TRL's.

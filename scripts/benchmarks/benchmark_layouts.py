@@ -1,4 +1,4 @@
-"""Time and communication of an update that several processes share."""
+"""Time and communication of an update in several processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 # Torch has several names for each.
 _KINDS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "reduce")
 
-# ------------------------------------------------------------------------------ what is really sent
+# --------------------------------------------------------------------------- measured communication
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -48,7 +48,7 @@ class CollectiveCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it comes by again, with what a DTensor is made of
+            return NotImplemented  # dispatched again, with the local tensors of the DTensor
         result = func(*args, **(kwargs or {}))
         space, name = func.name().split(".")[0].split("::")
         if space in ("c10d", "_c10d_functional") and (kind := _kind(name)) is not None:
@@ -57,13 +57,13 @@ class CollectiveCounter(TorchDispatchMode):
         return result
 
     def sent(self, processes: int) -> float:
-        """The bytes that each of so many processes would send over a ring."""
+        """The bytes that each of this many processes would send over a ring."""
         twice = self.bytes["all_reduce"]  # to all, by way of the shards
         return (sum(self.bytes.values()) + twice) * (processes - 1) / processes
 
 
 def _kind(name: str) -> str | None:
-    """`all_gather` for `_allgather_base_`. Nothing for what sends nothing, such as a wait."""
+    """`all_gather` for `_allgather_base_`. None for what sends nothing, such as a wait."""
     joined = name.replace("_", "")
     return next((kind for kind in _KINDS if joined.startswith(kind.replace("_", ""))), None)
 
@@ -95,10 +95,10 @@ class UpdateMeter(AbstractContextManager["UpdateMeter"]):
 
 
 def start_processes(argv: list[str], processes: int, on_cpu: bool) -> dict[str, Any]:
-    """Run the benchmark with these arguments in so many processes. Returns its result.
+    """Run the benchmark with these arguments in this many processes. Returns its result.
 
     Raises:
-        subprocess.CalledProcessError: a process has failed, and has said why on stderr.
+        subprocess.CalledProcessError: a process has failed, with the reason on stderr.
     """
     script = Path(__file__).with_name("benchmark_step.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -118,7 +118,7 @@ def is_started() -> bool:
 
 
 def hand_over(result: dict[str, Any]) -> None:
-    """To the process that has started this one. The first of the processes speaks for all."""
+    """Pass the result to the process that has started this one; rank 0 does so for all."""
     if dist.get_rank() == 0:
         (Path(os.environ["BENCHMARK_FOLDER"]) / "result.json").write_text(json.dumps(result))
     dist.barrier()
@@ -131,7 +131,7 @@ def run_rows(
     model: Callable[[], nn.Module],
     trainer: Callable[..., Trainer],
 ) -> dict[str, dict[str, Any]]:
-    """Train one row after the other, there and back, so that no row has the best half alone.
+    """Train one row after the other, then in reverse order, so that drift favours no row.
 
     `model` builds a model for each row, since hooks of a layout stay on the parameters; `trainer`
     builds a row's trainer from its name, the model and training arguments.
@@ -156,7 +156,7 @@ def _train(
     model: Callable[[], nn.Module],
     trainer: Callable[..., Trainer],
 ) -> tuple[list[float], UpdateMeter]:
-    """The seconds of so many updates, and what was measured in the one before them."""
+    """The seconds of `rounds` updates, and what was measured in the update before them."""
     more: dict[str, Any] = {"ddp_timeout": 600}
     if options.device == "cpu":
         more["ddp_backend"] = "gloo"

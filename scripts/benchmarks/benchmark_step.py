@@ -9,7 +9,7 @@
 
 Every row is a Trainer that runs its own training loop: forward and backward passes, clipping, the
 optimizer step, clearing the gradients. All share one model and one optimizer, and take turns in an
-order that is drawn again in every round.
+order that is reshuffled in every round.
 
     plain                one pass
     two passes           two passes and nothing between them: the floor for SAM
@@ -21,7 +21,7 @@ order that is drawn again in every round.
     ms                   the median over the rounds, followed by the interquartile range. If that is
                          large, other work disturbed the run: take more --rounds
     / two passes         ratio of the medians: what SAM costs beyond its two passes
-    / hand-written       ratio of the medians: 1 and below is no slower than by hand
+    / hand-written       ratio of the medians: at most 1 is no slower than by hand
     extra MiB            peak memory over that of the plain row, counted in bytes of tensors
     x perturbed          the same in units of the bytes of the parameters that the row perturbs
 
@@ -38,20 +38,20 @@ instead of SAMTrainer. In microseconds of process time per update:
     hand-written - two passes    a SAM of multi-tensor operations beyond its two passes: gradient
                                  norm, copy, perturbation and restoration of the weights, and
                                  torch's random state replayed
-    sam - two passes             the same of SAMTrainer
-    ratio                        of these two; at most 2.0 is the goal
-    whole                        ratio of whole updates, passes and optimizer step included; at most
-                                 1.5 is the goal for loops
+    sam - two passes             the same for SAMTrainer
+    ratio                        of these two; the goal is at most 2.0
+    whole                        ratio of whole updates, passes and optimizer step included; the
+                                 goal for loops is at most 1.5
     launches beyond the passes   operators that SAMTrainer dispatches in addition to those of two
                                  passes, a multi-tensor operator counted once
 
-With a --layout other than "one", each process trains one row after the other, there and back, each
-with a model and an optimizer of its own, without the hand-written loops. Then:
+With a --layout other than "one", each process trains one row after the other, then in reverse, each
+with its own model and optimizer, without the hand-written loops. Then:
 
     all_reduce, ...      calls of this collective in an update, x the MiB that they gather or reduce
     calls / pass         calls of all collectives per pass. SAM's should be at most the plain row's
     sent MiB, / plain    what each process then sends over a ring, and in units of the plain row
-    extra MiB            on a GPU alone
+    extra MiB            on a GPU only
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ class BenchmarkArguments:
     batch_size: int = option(8, "Examples in a micro-batch, in each process.")
     accumulation_steps: int = option(1, "Micro-batches in an update.")
     sequence_length: int = option(128, "Tokens in an example. Images have their model's size.")
-    rounds: int = option(15, "How many times every row takes its turn.")
-    steady: bool = option(False, "Time many updates at a stretch, not each of them.")
+    rounds: int = option(15, "Number of turns of every row.")
+    steady: bool = option(False, "Time many consecutive updates together, not each.")
     host: bool = option(
         False, f"The table of host costs. Its options: {', '.join(HOST_OPTIONS[1:])}."
     )
@@ -160,14 +160,14 @@ class BenchmarkArguments:
     )
     processes: int = option(2, "How many, in the other layouts.")
     dtype: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", "What is computed in (autocast, fp32 weights; fp16: scaled on a GPU)."
+        "fp32", "Compute dtype (autocast, fp32 weights; fp16: scaled on a GPU)."
     )
     torch_compile: bool = option(False, "Compile the model.")
     torch_compile_backend: str = option("inductor", "Compiler.")
     device: Literal["cpu", "cuda"] = option("cpu", "Where to run.")
     threads: int | None = option(None, "CPU threads; default: torch's.")
-    imports: int = option(5, "How many times the imports are measured; 0: not at all.")
-    output_json: str | None = option(None, "File for the table and every single time in it.")
+    imports: int = option(5, "Number of measurements of the imports; 0: none.")
+    output_json: str | None = option(None, "File for the table and all individual timings.")
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "accumulation_steps", "sequence_length", "rounds", "threads")
@@ -186,14 +186,14 @@ class BenchmarkArguments:
             self.updates = HOST_UPDATES if self.host else STEADY_UPDATES
         allowed = list(ROWS) if self.layout == "one" else IN_LAYOUTS
         if unknown := [row for row in self.rows or [] if row not in allowed]:
-            raise ValueError(f"rows={unknown} with layout={self.layout!r}: choose of {allowed}.")
+            raise ValueError(f"rows={unknown} with layout={self.layout!r}: choose from {allowed}.")
         gpus = torch.cuda.device_count() if self.device == "cuda" else None
         if gpus is not None and self.layout == "one" and gpus != 1:
             many = "set CUDA_VISIBLE_DEVICES to one, or choose --device cpu"
-            raise ValueError(f"device='cuda' needs one visible GPU, and here are {gpus}: {many}.")
+            raise ValueError(f"device='cuda' needs one visible GPU, found {gpus}: {many}.")
         if gpus is not None and self.layout != "one" and gpus < self.processes:
-            few = f"and here are {gpus}: choose fewer, or --device cpu"
-            raise ValueError(f"processes={self.processes} need as many GPUs, {few}.")
+            few = f"found {gpus}: choose fewer, or --device cpu"
+            raise ValueError(f"processes={self.processes} need that many GPUs, {few}.")
         if self.layout.startswith("zero") and find_spec("deepspeed") is None:
             raise ValueError(f"layout={self.layout!r} needs DeepSpeed: pip install deepspeed.")
         if self.output_json and not Path(self.output_json).absolute().parent.is_dir():
@@ -360,7 +360,7 @@ def build_trainer(
 
 
 def two_updates(trainer: Trainer) -> None:
-    """Two, so that what a trainer keeps from one update to the next counts as memory."""
+    """Train for two, so that what is kept from one update to the next counts as memory."""
     trainer.args.max_steps = 2
     trainer.train()
 
@@ -377,7 +377,7 @@ def take_turns(
     for name, trainer in trainers.items():
         trainer.add_callback(clocks[name])
         trainer.args.max_steps = updates
-    shuffle = random.Random(0).shuffle  # of its own: `train` seeds the global one
+    shuffle = random.Random(0).shuffle  # its own generator: `train` seeds the global one
     order = list(trainers)
     gc.collect()
     gc.freeze()  # or the collection at the end of each train() searches all that is imported

@@ -29,7 +29,7 @@ WARM_UP = 2
 
 
 def _gpt2(**sizes: int) -> PreTrainedConfig:
-    # A small vocabulary, so that the blocks and not the output layer fill the time.
+    # A small vocabulary, so that the blocks and not the output layer dominate the time.
     return transformers.GPT2Config(
         n_positions=BUILT_IN_POSITIONS, bos_token_id=None, eos_token_id=None, **sizes
     )
@@ -103,7 +103,7 @@ def random_examples(model: nn.Module, count: int, sequence_length: int) -> list[
 
 
 class LinearStack(nn.Module):
-    """Linear layers, optionally each with BatchNorm, whose arithmetic costs next to no time."""
+    """Linear layers, optionally each with BatchNorm, whose arithmetic takes almost no time."""
 
     WIDTH = 8
     main_input_name = "inputs"
@@ -125,7 +125,7 @@ class LinearStack(nn.Module):
         return [{"inputs": x, "labels": y} for x, y in zip(inputs, labels, strict=True)]
 
 
-# ------------------------------------------------------------------------------ what SAM is held to
+# ---------------------------------------------------------------------------------------- baselines
 
 
 class TwoPassTrainer(Trainer):
@@ -347,7 +347,7 @@ def peak_memory(work: Callable[[], object], model: nn.Module) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with _memory_events():
-        # The meter only sees the end of what it saw begin, and `work` may replace the weights.
+        # A release counts only if its allocation was seen, and `work` may replace the weights.
         for p in model.parameters():
             p.data = p.data.clone()
     with _memory_events() as events:
@@ -366,7 +366,7 @@ def _memory_events() -> Iterator[list[int]]:
     sizes.extend(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
 
 
-_IMPORTS = {  # what is imported, and what must be there before
+_IMPORTS = {  # what is imported, and its prerequisite
     "import sam_hf": "import transformers",
     "from sam_hf import SAMTrainer": "from transformers import Trainer",
 }
@@ -397,7 +397,7 @@ def import_seconds(repeats: int) -> dict[str, tuple[float, float]]:
 
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they need to be: the first to the left, the others to the right."""
+    """Columns as wide as needed: the first left-aligned, the others right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

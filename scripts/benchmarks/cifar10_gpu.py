@@ -1,4 +1,4 @@
-"""CIFAR-10 with wrong labels on one GPU, in minutes: the images lie on the device as uint8.
+"""CIFAR-10 with wrong labels on one GPU, in minutes: the images stay on the device as uint8.
 
     python scripts/benchmarks/cifar10_gpu.py --train_file train.parquet --test_file test.parquet \\
         --labels_file cifar10n.parquet --minutes 12 --output_file outputs/cifar10_gpu.json
@@ -8,8 +8,8 @@ crops and flips; 40 % synthetic wrong labels, and CIFAR-10N's "worse" ones if --
 given. For each kind of labels and seed: plain training, plain training with SAM's number of
 forward-backward passes, SAM with rho 0.1 (SAM paper, section 3.3) and with the automatic radius.
 After each epoch the model is scored on the test images; the peak and the last score are recorded.
-A run is written as soon as it is finished, one that the file holds is not repeated, and none is
-started that would not end in time.
+A run is written as soon as it is finished. Runs that are in the file already are not repeated, and
+no run is started that would not finish in time.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def read_images(file: str, device: str) -> tuple[Tensor, np.ndarray]:
 
 
 def train(way: str, seed: int, train_set: DeviceImages, test: DeviceImages, args: Any) -> dict:
-    """A run: its scores after each epoch, and its seconds."""
+    """Train once: the scores after each epoch, and the seconds."""
     rho, factor = WAYS[way]
     set_seed(seed)
     model = MODELS[args.model]().to(memory_format=torch.channels_last)
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--test_file", required=True)
     parser.add_argument("--labels_file", help="CIFAR-10N, with the column worse_label")
     parser.add_argument("--output_file", default="outputs/cifar10_gpu.json")
-    parser.add_argument("--minutes", type=float, default=12.0, help="no run starts that ends later")
+    parser.add_argument("--minutes", type=float, default=12.0, help="start no run that ends later")
     parser.add_argument("--model", choices=MODELS, default="wrn16-4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--epochs", type=int, default=30, help="of plain training")
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for seed, kind, way in [(s, k, w) for s in args.seeds for k in kinds for w in WAYS]:
         left = 60 * args.minutes - (time.perf_counter() - start)
         factor = WAYS[way][1]
-        # Of what was timed, the slowest epoch is one with SAM, or half of it.
+        # The slowest epoch timed so far is one with SAM, or takes half as long.
         expected = factor * args.epochs * max(per_epoch, default=0.0)
         if (kind, way, seed) in done or expected > left or left < 0:
             continue

@@ -1,12 +1,12 @@
-"""Print what an update costs on paper: plain, and with SAM in scope batch or micro_batch.
+"""Print the theoretical cost of an update: plain, and SAM in scope batch or micro_batch.
 
 Examples:
     python scripts/benchmarks/scaling_table.py
     python scripts/benchmarks/scaling_table.py --tokens 4096 --micro_batches 4 --all
 
-Counted are the passes and the large messages and tensors. Not counted: the optimizer's own work,
+The passes and the large messages and tensors are counted. Not counted: the optimizer's own work,
 activations, buckets, casts of weights and the one or two layers that FSDP2 has gathered. SAM is on
-in every update and perturbs all weights. Nothing overlaps in the seconds.
+in every update and perturbs all weights. The seconds assume no overlap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GPUS = (8, 64, 512)
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the seconds rest on. Those of docs/evidence/scaling.md are the defaults."""
+    """Assumptions behind the seconds. Those of docs/evidence/scaling.md are the defaults."""
 
     tokens: int = 8192  # of one micro-batch on one GPU
     micro_batches: int = 1  # in an update
@@ -36,12 +36,12 @@ class Assumptions:
 
 
 def flops(method: str, weights: float, tokens: float) -> float:
-    """Of one GPU in one update: 2 for each weight and token forward, 4 backward."""
+    """FLOPs of one GPU in one update: 2 for each weight and token forward, 4 backward."""
     return 6 * weights * tokens * (1 if method == "plain" else 2)
 
 
 def bytes_sent(layout: str, method: str, weights: float, gpus: int, micro_batches: int) -> float:
-    """By one GPU in one update, over rings.
+    """Bytes sent by one GPU in one update, over rings.
 
     Gathering a whole from its shards and reducing a whole to shards send (N-1)/N of it each; an
     all-reduce is both.
@@ -53,7 +53,7 @@ def bytes_sent(layout: str, method: str, weights: float, gpus: int, micro_batche
         # of the ascent and of the descent, or, with an e for each micro-batch, in every pass.
         reductions = {"plain": 1, "batch": 2, "micro_batch": passes}[method]
         return part * BF16 * (2 * passes + reductions)
-    # All have the weights. The ascent is reduced once where e is that of all examples.
+    # Every GPU holds all weights. The ascent is reduced once where e is that of all examples.
     ascent = 2 * FP32 * part if method == "batch" else 0.0
     reductions = micro_batches if layout == "ZeRO-2" else 1
     # DeepSpeed reduces to all where a reduction to shards would do, and gathers the new weights.
@@ -62,7 +62,7 @@ def bytes_sent(layout: str, method: str, weights: float, gpus: int, micro_batche
 
 
 def bytes_held(layout: str, method: str, weights: float, gpus: float, micro_batches: int) -> float:
-    """On one GPU, at the moment with the most of it."""
+    """Peak bytes on one GPU."""
     shard = weights / gpus
     # Scope micro_batch sets aside what the micro-batches before have added up.
     aside = FP32 if method == "micro_batch" and micro_batches > 1 else 0

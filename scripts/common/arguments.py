@@ -44,7 +44,7 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str | None = option("On the Hub or in a folder; else the built-in examples.")
+    dataset_name: str | None = option("Data set on the Hub or in a folder; else built-in examples.")
     dataset_config_name: str | None = option("Configuration of the data set.")
     train_split: str | None = option("Training split of the data set. 'train' if not given.")
     eval_split: str | None = option("Evaluation split of the data set. 'test' if not given.")
@@ -57,7 +57,7 @@ class DataArguments:
     max_eval_samples: int | None = option("Evaluate on a random subset, the same for every --seed.")
 
     def __post_init__(self) -> None:
-        from sam_hf.config.file import is_missing_path  # here: seconds to import
+        from sam_hf.config.file import is_missing_path  # here, since it takes seconds to import
 
         if self.dataset_name is not None and is_missing_path(self.dataset_name):
             raise ValueError(f"--dataset_name: there is no folder {self.dataset_name!r}")
@@ -82,7 +82,7 @@ class DataArguments:
 
 @dataclass
 class LabeledDataArguments(DataArguments):
-    """Examples with labels, some of which may be made wrong."""
+    """Examples with labels, and optional label noise."""
 
     label_column: str | None = option("Column with the labels. 'label' if not given.")
     label_noise: float = option(
@@ -137,9 +137,9 @@ class ScriptArguments:
 
     _argument_group_name = "script"
 
-    resume_from_checkpoint: str | None = option("Folder, or True: the newest in --output_dir.")
+    resume_from_checkpoint: str | None = option("Checkpoint, or True: newest in --output_dir.")
     compare_with_plain: bool = option(
-        "Then train the same initial model without SAM, for the same number of passes.", False
+        "Also train the same initial model without SAM, for the same number of passes.", False
     )
     torch_num_threads: int | None = option("CPU threads of torch. 1 is best for a tiny model.")
 
@@ -151,14 +151,14 @@ class ScriptArguments:
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         check_used(self, ["compare_with_plain"], self.sam_rho != 0, "with --sam_rho 0")
         check_used(self, ["fp16"], self.device.type != "cpu", "without a GPU: choose --bf16")
-        # The Trainer accepts less, and fails late or trains nothing.
+        # The Trainer accepts smaller values, and fails late or trains nothing.
         check_range(self, 1, math.inf, "torch_num_threads", *POSITIVE.split())
         check_range(self, 0, math.inf, *NOT_NEGATIVE.split())
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
         for name, value in CHOOSING.items():
             if getattr(self, name) == value:
-                raise ValueError(f"--{name} {value} would choose the model on the test data")
+                raise ValueError(f"--{name} {value} would select the model on the test data")
         check_used(self, NO_EFFECT.split(), False, "in this script, which reports the final model")
         if self.compare_with_plain and self.deepspeed_plugin is not None:
             raise ValueError("--compare_with_plain is not supported with DeepSpeed")
@@ -171,9 +171,9 @@ class SharpnessArguments(ScriptArguments):
     """The options of scripts whose loss is a function of the weights on fixed examples."""
 
     sharpness_every: int | None = option(
-        "Measure it every so many updates; 0: at the end. Takes about a tenth of the passes."
+        "Measure sharpness every N updates; 0: at the end. Takes about a tenth of the passes."
     )
-    sharpness_examples: int | None = option("Examples to measure it on, else as many as fit.")
+    sharpness_examples: int | None = option("Examples to measure it on; default: as many as fit.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

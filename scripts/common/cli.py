@@ -23,7 +23,7 @@ elif "".join(sys.argv[1:2]).endswith(".yaml") and not Path(sys.argv[1]).is_file(
     print(f"{Path(sys.argv[0]).name}: error: no YAML file {sys.argv[1]!r}", file=sys.stderr)
     sys.exit(2)
 
-getLogger("bitsandbytes").setLevel(CRITICAL)  # says what it lacks whenever it is imported
+getLogger("bitsandbytes").setLevel(CRITICAL)  # reports what it lacks whenever it is imported
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
@@ -92,7 +92,7 @@ class OptionParser(HfArgumentParser):
             usage="%(prog)s [config.yaml] [--option value ...]",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,  # a mistyped option must not pass for the start of another
+            allow_abbrev=False,  # a mistyped option must not be taken for a prefix of another
         )
         names = {f.name for dataclass in dataclasses for f in fields(dataclass) if f.init}
         self._options = {a.dest: a for a in reversed(self._actions) if a.dest in names}
@@ -131,12 +131,12 @@ class OptionParser(HfArgumentParser):
             raise InputError(f"unknown option {unknown[0]}{hint}; --help lists all options")
         try:
             return self.parse_args_into_dataclasses(tokens, look_for_args_file=False)
-        # A dataclass refused a value, or something that the value needs is not there.
+        # A dataclass refused a value, or something that the value needs is missing.
         except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
             raise InputError(error) from error
 
     def _read_options(self, file: str) -> list[str]:
-        """The options of a YAML file as they would stand on the command line."""
+        """The options of a YAML file as command-line arguments."""
         options = read_yaml(file, "the YAML file")
         if not isinstance(options, dict | None):
             raise InputError(f"{file} must hold `option: value` lines, got {options!r}")

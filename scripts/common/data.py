@@ -1,4 +1,4 @@
-"""What the training scripts do with their examples: load, split, draw, encode labels."""
+"""Data handling of the training scripts: load, split, draw, encode labels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_files(option: str, files: Sequence[str]) -> Dataset:
 def _load(option: str, *source: Any, **options: Any) -> Dataset:
     try:
         return datasets.load_dataset(*source, **options)
-    except Exception as error:  # of a dozen kinds, which say it in their first line or their cause
+    except Exception as error:  # many types, with the reason in the first line or the cause
         is_vague = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = str((is_vague and error.__cause__) or error).splitlines()
         reason = reason[0] if reason else "it holds no examples"
@@ -56,7 +56,7 @@ def _load(option: str, *source: Any, **options: Any) -> Dataset:
 def split_and_draw(
     args: DataArguments, sets: Sets, stratify: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """Hold out evaluation examples if there are none, and draw --max_train_samples of the rest."""
+    """Hold out evaluation examples if there are none, then draw --max_train_samples."""
     train, test = sets
     if test is None:
         from sklearn.model_selection import train_test_split  # here: importing it takes a second
@@ -103,7 +103,7 @@ def encode_labels(sets: Sets, column: str) -> tuple[Sets, list[str]]:
     is_named = isinstance(feature, ClassLabel)
     classes = feature.names if is_named else sorted(set(names[0]))
     if len(classes) < 2:
-        raise InputError(f"--label_column {column!r} has the one class {classes}: two are needed")
+        raise InputError(f"--label_column {column!r} has only the class {classes}: two are needed")
     if unknown := sorted(set(names[-1]) - set(classes)):
         raise InputError(f"the evaluation examples have classes of their own: {unknown}")
     number = {name: i for i, name in enumerate(classes)}

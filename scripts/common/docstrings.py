@@ -68,7 +68,7 @@ def _walk(node: ast.AST, top: str = "") -> Iterator[tuple[str, str]]:
     """Each docstring, on one line, after the name of the outermost definition that holds it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         yield top, " ".join((ast.get_docstring(node) or "").split())
-    # Definitions stand among statements, never in an expression, and most nodes are expressions.
+    # Definitions are statements, never parts of an expression, and most nodes are expressions.
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
             yield from _walk(child, top or getattr(child, "name", None) or "")

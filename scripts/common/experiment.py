@@ -1,4 +1,4 @@
-"""The course of a training script: check, load, train, compare with plain training, publish."""
+"""The steps of a training script: check, load, train, compare with plain training, publish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sam_hf.diagnostics import SharpnessCallback
 
 
 def load_pretrained(loader: Any, args: ModelArguments, **options: Any) -> Any:
-    """What `loader` makes of --model_name_or_path: a model, a tokenizer, an image processor.
+    """Load --model_name_or_path with `loader`: a model, a tokenizer, an image processor.
 
     Models are loaded in fp32, in which the optimizer's small steps are not rounded away.
     """
@@ -98,7 +98,7 @@ def train_and_compare(
         batch = f"{trainer.get_total_train_batch_size(args)} examples an update"
         where = f"{args.world_size} x {args.device.type}, {batch}"
         print(f"{model.config.model_type}: {model.num_parameters():,} parameters; {where}")
-    if resume_from is None:  # not earlier: a start that is refused leaves no file
+    if resume_from is None:  # not earlier: a refused start must leave no file
         write_settings(args, data_args)
     options = {"data_arguments": asdict(data_args), "training_arguments": args.to_dict()}
 
@@ -111,9 +111,9 @@ def train_and_compare(
 
     add(trainer, resume_from, True)
     if initial_model is not None:
-        plain = copy.copy(args)  # TRL's arguments cannot be built again from what they have become
+        plain = copy.copy(args)  # TRL's arguments cannot be rebuilt from their processed values
         plain.sam_rho, plain.push_to_hub, plain.output_dir = 0.0, False, str(folder / "plain")
-        # As much compute as with SAM.
+        # The same compute as with SAM.
         plain.max_steps = round(trainer.state.global_step * runs[0].passes / runs[0].epochs)
         if not args.load_best_model_at_end:
             plain.save_strategy = SaveStrategy.NO

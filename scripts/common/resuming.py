@@ -1,4 +1,4 @@
-"""From which checkpoint a training resumes, and whether it can."""
+"""Which checkpoint a training run resumes from, and whether it can."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.trainer_utils import sort_checkpoints
 
-# What a resumed run would ignore, since the optimizer's state has it, or would mix with the old.
+# Options that a resumed run would ignore, as the optimizer state has them, or mix with the old.
 FIXED = (
     "optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 seed dataloader_drop_last"
 )
@@ -42,7 +42,7 @@ def prepare(args: Any, data_args: Any) -> str | None:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     end, now = ("max_steps", "global_step") if args.max_steps > 0 else ("num_train_epochs", "epoch")
     if state[now] >= getattr(args, end):
-        raise InputError(f"--{end} {getattr(args, end):g}: {checkpoint} has trained for as long")
+        raise InputError(f"--{end} {getattr(args, end):g}: {checkpoint} has already reached it")
     file = checkpoint.parent / "training_settings.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     for name, value in json.loads(json.dumps(_settings(args, data_args))).items():
@@ -62,7 +62,7 @@ def _settings(args: Any, data_args: Any) -> dict[str, Any]:
 
 
 def write_settings(args: Any, data_args: Any) -> None:
-    """Write next to the checkpoints to come what a resumed run has to keep."""
+    """Write the settings that a resumed run must keep, next to the future checkpoints."""
     if args.process_index == 0:
         save_json(_settings(args, data_args), Path(args.output_dir) / "training_settings.json")
 
@@ -73,7 +73,7 @@ def require_writable(output_dir: str) -> None:
     while not folder.exists():
         folder = folder.parent
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # permissions tell root nothing
+        tempfile.TemporaryFile(dir=folder).close()  # root ignores permissions
     except OSError as error:
         raise InputError(f"--output_dir {output_dir!r} cannot be used: {error.strerror}") from error
 
@@ -81,7 +81,7 @@ def require_writable(output_dir: str) -> None:
 def load_checkpoint_weights(model: PreTrainedModel, checkpoint: str) -> None:
     """Load the weights that the Trainer (as of transformers 5.24) leaves out when it resumes.
 
-    Those of ViT, for one, are saved with older names, which only `from_pretrained` knows.
+    Those of ViT, for example, are saved under older names, which only `from_pretrained` knows.
     """
     if (Path(checkpoint) / "adapter_config.json").is_file():
         return  # the Trainer loads adapters as they are

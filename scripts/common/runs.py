@@ -1,4 +1,4 @@
-"""Training runs: progress bar, count of compute, scores, table and picture."""
+"""Training runs: progress bar, compute meter, scores, table and picture."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Run:
     name: str
     epochs: float
     passes: float  # forward-backward passes over the training set
-    scores: dict[str, float]  # of the final model on the test data; the first is what counts
+    scores: dict[str, float]  # of the final model on the test data; the main one first
     seconds: float
-    curve: list[tuple[float, float]]  # passes so far, the score that counts
+    curve: list[tuple[float, float]]  # passes so far, main score
     curve_data: str = "test"  # the data of the curve's scores
 
     @property
@@ -61,7 +61,7 @@ class ComputeMeter(TrainerCallback, ExportableState):
         self._hook: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.on_train_end(args, state, control)  # auto_find_batch_size begins more than once
+        self.on_train_end(args, state, control)  # auto_find_batch_size starts more than once
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._processes = args.world_size
         self.computed, self.drawn, self.at = 0, 0, {}
@@ -124,7 +124,7 @@ def train(
     epochs = trainer.state.epoch
     examples = meter.drawn / epochs  # by the Trainer's count: a collator may merge examples
     logged = [entry for entry in trainer.state.log_history if key in entry]
-    # The last entry is that of the test; without validation data, the last evaluation anew.
+    # The last entry is that of the test; without validation data, it repeats the last evaluation.
     is_validation = test_dataset is not None and len(logged) > 1
     curve = {meter.at[str(e["step"])]: e[key] for e in (logged[:-1] if is_validation else logged)}
     return Run(

@@ -13,7 +13,7 @@ horizon of H steps and queries and keys of width d_m, for a window X of shape (D
 W_Q and W_K have shape (L, d_m), W_V (L, L), W (L, H); each has a bias. The paper's W_V W_O, of rank
 d_m, is one matrix here, as in the authors' code: https://github.com/romilbert/samformer. RevIN is
 reversible instance normalisation (Kim et al., ICLR 2022): each channel of a window is standardised
-by its own mean and standard deviation over the context, then scaled and shifted by learnt factors.
+by its own mean and standard deviation over the context, then scaled and shifted by learned factors.
 
 `AutoModelForTimeSeriesPrediction` knows the model once this module is imported.
 """

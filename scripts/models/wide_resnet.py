@@ -36,7 +36,7 @@ class WideResNetConfig(PreTrainedConfig):
         dropout: the share of channels' values dropped between the convolutions of a block.
 
     Raises:
-        ValueError: a size that there is no such network for.
+        ValueError: there is no such network of this size.
     """
 
     model_type = "wide_resnet"

@@ -130,7 +130,7 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
     assert len(lines[3].split()) == 4 or "about 0" in lines[3]
     assert lines[-1] == (
         f"suggestion for a sharpness of {expected.goal:.3g}, the goal of the automatic radius at "
-        "the start of a training (the least: see --initial_loss): "
+        "the start of training (its minimum: see --initial_loss): "
         f"--sam_method {method} --sam_rho {expected.suggestion:.3g}"
     )
     words = ["rho", vit, *options, "--rho", "1e-9", "1e-8", "--initial_loss", "9"]
@@ -139,7 +139,7 @@ def test_the_rho_of_a_model_on_the_digits_is_that_of_the_library(vit, tmp_path, 
     goal = 0.4 * min(9 - expected.loss, expected.loss)
     assert last == (
         f"no suggestion for a sharpness of {goal:.3g}, the goal of the automatic radius after an "
-        "initial loss of 9: the largest rho, 1e-08, has less"
+        "initial loss of 9: the largest rho, 1e-08, gives less"
     )
     assert len(json.loads((folder / "rho.json").read_text())["readings"]) == 2
 
@@ -409,7 +409,7 @@ def wrong(vit, bert, tmp_path):
         (["sharpness", masked], "is a BertForMaskedLM, which is not supported"),
         (["sharpness", vit, "no/such.parquet"], "no data 'no/such.parquet'"),
         (["sharpness", vit, "./no.parquet"], "there is no file or folder './no.parquet'"),
-        (["sharpness", bert], "DATA is needed for a model of texts (AutoModelForSequenceClass"),
+        (["sharpness", bert], "DATA is needed for a text model (AutoModelForSequenceClass"),
         (["landscape", bert, bert], f"for example: sam-hf sharpness {bert} stanfordnlp/sst2"),
         (["sharpness", vit, vit + "/config.txt"], "there is no file or folder"),
         (["sharpness", vit, "--rho", "-1"], "rho=-1.0 is not allowed"),
@@ -658,7 +658,7 @@ def test_each_number_has_its_uncertainty_and_its_meaning():
     }
     told = table(measures, {"rho": 0.05, "adaptive_rho": 0.5, "m": 8}, 24)
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in told.splitlines()}
-    noise = "unknown the squared gradient is below its noise: more --examples"
+    noise = "unknown the squared gradient is below its noise: raise --examples"
     assert lines == {
         "loss": "2 mean loss of 24 examples",
         "worst_sharpness": "0.01235 ± 0.001 largest rise of the loss found within distance 0.05, "

@@ -308,7 +308,7 @@ def test_a_line_at_the_start_states_passes_examples_and_seconds(monkeypatch, cap
         "sharpness: each measurement takes up to about 28 forward-backward passes over 16 "
         "examples, 14 s; 0 of the 4 at multiples of every=3 fit in max_share=1 of the training's "
         "work, the others are skipped (except at the end): change every, examples=10 or max_share "
-        "to have more"
+        "to allow more"
     )
 
 

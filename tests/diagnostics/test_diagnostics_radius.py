@@ -104,8 +104,8 @@ def test_the_suggested_radius_is_where_the_sharpness_reaches_the_goal(
         ),
         (lambda: function(lambda w: (100 * w).exp().sum(), 0.0), [20.0], "no sharpness is finite"),
         (lambda: function(lambda w: 1 + 1e-9 * w.sum()), None, "the largest rho, "),
-        (lambda: linear(0.5), [0.001, 0.002], "the largest rho, 0.002, has less"),
-        (lambda: linear(0.5), [10.0, 20.0], "the smallest rho, 10, has more"),
+        (lambda: linear(0.5), [0.001, 0.002], "the largest rho, 0.002, gives less"),
+        (lambda: linear(0.5), [10.0, 20.0], "the smallest rho, 10, gives more"),
     ],
 )
 def test_where_the_rule_does_not_settle_there_is_a_reason_and_a_plot(

@@ -99,7 +99,7 @@ def test_the_card_holds_settings_layout_metrics_readings_and_the_citation(tmp_pa
 
     cells = tables(card.text)
     assert "| `sam_rho` | `0.5` |" in card.text and cells["sam_method"] == ["asam"]
-    assert cells["sam_rho"] == ["0.5", "2", "radius in force"]
+    assert cells["sam_rho"] == ["0.5", "2", "radius of the update"]
     assert cells["sam_eta"] == ["0.01"] and cells["sam_params"] == [r"layer\.\d\|classifier"]
     unused = {*trainer.sam_config.options_without_effect(), "sam_method_args"}
     assert trainer.sam_config.to_sam_dict().keys() - unused <= cells.keys()

@@ -118,7 +118,7 @@ def test_the_mixin_and_one_object_of_options_do_the_same_as_with_sam():
 
 def test_arguments_that_trl_would_take_apart_are_refused_in_one_line():
     with pytest.raises(
-        TypeError, match=r"sam_config=SAMConfig\(\.\.\.\) in addition, or one that is"
+        TypeError, match=r"sam_config=SAMConfig\(\.\.\.\) in addition, or a class that is"
     ):
         with_sam(SFTTrainer)(
             model=language_model(),

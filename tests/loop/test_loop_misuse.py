@@ -119,7 +119,7 @@ def test_gradients_that_are_disabled_are_told():
 def test_a_step_in_the_middle_of_an_update_is_refused():
     model, optimizer, sam = new()
     sam.backward(lambda: model(**BATCH)["loss"], end_of_update=False)
-    with pytest.raises(RuntimeError, match="after 1 micro-batches of an update that is not"):
+    with pytest.raises(RuntimeError, match=r"incomplete update \(micro-batches so far: 1\)"):
         optimizer.step()
     sam.backward(lambda: model(**BATCH)["loss"])
     optimizer.step()

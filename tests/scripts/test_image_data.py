@@ -315,10 +315,10 @@ def test_an_image_that_cannot_be_read_is_named(monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "labels": datasets.Value("int64")})
     columns = {"image": [picture(0), None, picture(2)], "labels": [0, 0, 0]}
     images = datasets.Dataset.from_dict(columns, features)
-    with pytest.raises(InputError, match="image number 1 of its set cannot be read"):
+    with pytest.raises(InputError, match="image 1 of its data set cannot be read"):
         ImageTensors(images, PROCESSOR, "RGB")
     monkeypatch.setattr(train_image_classification, "CACHE_BYTES", 0)
     lazy = ImageTensors(images, PROCESSOR, "RGB")
     assert lazy[2]["labels"] == 0
-    with pytest.raises(InputError, match="image number 1 of its set cannot be read"):
+    with pytest.raises(InputError, match="image 1 of its data set cannot be read"):
         lazy[1]

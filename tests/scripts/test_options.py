@@ -244,7 +244,7 @@ def test_reading_files_shows_no_bars_and_reports_each_error_once(script_surround
     assert datasets.utils.are_progress_bars_disabled()
 
 
-ON_TEST_DATA = "would choose the model on the test data"
+ON_TEST_DATA = "would select the model on the test data"
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_an_incomplete_checkpoint_is_skipped(tmp_path):
         (
             12,
             {"num_train_epochs": 3.0},
-            "--num_train_epochs 3: .*checkpoint-12 has trained for as long",
+            "--num_train_epochs 3: .*checkpoint-12 has already reached it",
         ),
         (10, {"num_train_epochs": 2.5}, "--num_train_epochs 2.5: .*checkpoint-10 has"),
         (8, {"max_steps": 8}, "--max_steps 8: "),

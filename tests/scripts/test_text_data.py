@@ -201,7 +201,7 @@ NUMBERS = [{"text": "x", "label": 0.5}, {"text": "y", "label": 1.5}]
         (PAIRS, [{**PAIRS[0], "label": -1}], {"text_column": "a"}, "of their own: [-1]"),
         (ROWS, [], {}, "cannot be loaded: it holds no examples"),
         (ROWS, [ROWS[0], {"text": None, "label": "pet"}], {}, "holds NoneType, not text"),
-        (ROWS[:1], ROWS, {}, "has the one class ['pet']: two are needed"),
+        (ROWS[:1], ROWS, {}, "has only the class ['pet']: two are needed"),
         (NUMBERS, ROWS, {}, "not integers or strings"),
         (
             [{"text": "x", "label": -1.0}] * 2,  # those of the hidden test of STS-B

@@ -69,7 +69,7 @@ def test_the_model_learns_to_write_digits(tmp_path, capsys):
     )
     before, after = result.curve[0][1], result.score
     assert before < 0.4 and after > before + 0.3
-    assert f"mean reward {before:.3f} at first, {after:.3f} now" in capsys.readouterr().out
+    assert f"mean reward {before:.3f} before, {after:.3f} after" in capsys.readouterr().out
     trained = [entry for entry in history(tmp_path) if "sam_perturbation_norm" in entry]
     last = trained[-1]
     assert last["sam_perturbation_norm"] == pytest.approx(last["sam_rho"], rel=1e-3)
