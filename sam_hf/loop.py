@@ -106,9 +106,13 @@ class SAM:
         self._check, self._loss = RadiusCheck(config), torch.tensor(math.inf)
         self._subset = AscentSubset(config.sam_ascent_fraction, 1, steps, False, True, _SEED)
         unwrapped_optimizer = getattr(optimizer, "optimizer", optimizer)
+        # Whether the optimizer has stepped since the latest update, as far as it can be seen.
+        self._has_stepped, self._watches_steps = True, False
         # DeepSpeed steps within the update.
         if not self._shares_loss and hasattr(unwrapped_optimizer, "register_step_pre_hook"):
-            unwrapped_optimizer.register_step_pre_hook(self._refuse_early_step)
+            unwrapped_optimizer.register_step_pre_hook(self._on_step)
+            # A scaler skips the steps whose gradients overflowed.
+            self._watches_steps = not self._accelerator.scaler
 
     @property
     def is_in_descent_pass(self) -> bool:
@@ -171,6 +175,7 @@ class SAM:
         if batch.is_end:
             self._updates += 1
             self._closures.is_first = False
+            self._has_stepped = not self._watches_steps
         self._loss = mean * self._steps if batch.loss is None else batch.loss
         return self._loss
 
@@ -254,21 +259,23 @@ class SAM:
         return self.config.sam_rho == 0 or self._engine.method_state.is_shared
 
     def _require_step(self) -> None:
-        """Refuse a second update before the optimizer step that uses what the first has kept."""
-        engine = self._engine
-        if (
-            engine.micro_batches == 0
-            and engine.combiner.is_pending
-            and not self._accelerator.scaler
-        ):
+        """Warn of a second update before the optimizer's step; refuse it where gradient is lost."""
+        if self._engine.micro_batches:
+            return
+        problem = "sam.backward has started another update before optimizer.step()"
+        remedy = "Pass end_of_update=False for all micro-batches of an update but the last."
+        if self._engine.combiner.is_pending and not self._accelerator.scaler:
             raise RuntimeError(
-                "sam.backward has started another update before optimizer.step(): with "
-                f"sam_method={self.config.sam_method!r} a part of the previous update's gradient "
-                "is applied in the step, and would be lost. Pass end_of_update=False for all micro-"
-                "batches of an update but the last."
+                f"{problem}: with sam_method={self.config.sam_method!r} a part of the previous "
+                f"update's gradient is applied in the step, and would be lost. {remedy}"
             )
+        if not self._has_stepped:
+            self._has_stepped, self._watches_steps = True, False  # warn once
+            message = "each call has a perturbation of its own and counts as an update."
+            warnings.warn(f"{problem}: {message} {remedy}", stacklevel=3)
 
-    def _refuse_early_step(self, *_: Any) -> None:
+    def _on_step(self, *_: Any) -> None:
+        self._has_stepped = True
         if self._engine.micro_batches:
             raise RuntimeError(
                 "optimizer.step() was called in an incomplete update (micro-batches so far: "
@@ -331,8 +338,13 @@ class _LoopBatch:
             # A captured CUDA graph writes every loss into the same memory.
             self.loss = whole.clone() if sam._layout.grads_live_in_buffers else whole
         part = whole if steps == 1 else whole / steps
-        if sam._shares_loss:  # otherwise Accelerate divides it
-            sam._accelerator.backward(loss / steps, scale_wrt_gas=False)
-        else:
-            sam._accelerator.backward(loss)
+        try:
+            if sam._shares_loss:  # otherwise Accelerate divides it
+                sam._accelerator.backward(loss / steps, scale_wrt_gas=False)
+            else:
+                sam._accelerator.backward(loss)
+        except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                error.add_note("The closure of sam.backward must not call backward() itself.")
+            raise
         return part

@@ -117,6 +117,8 @@ def build_model(
 def main(argv: list[str] | None = None) -> list[Run]:
     """Parse the options, make prompts, model and trainer, train, evaluate, save, push."""
     parser = OptionParser((PromptArguments, ModelArguments, TrainArguments), __doc__)
+    # The automatic radius needs a loss that shows what was learned.
+    parser.set_defaults(sam_rho=0.05)
     prompt_args, model_args, training_args = parser.parse(argv)
 
     # Not at the top: they take seconds to import, and `--help` does not need them.

@@ -25,6 +25,7 @@ from ..engine.state import StateTracker, call_and_restore, patched
 from ..engine.subset import AscentSubset
 from ..engine.update import UpdateEngine
 from .micro_batch import LossCalls, TrainerMicroBatch
+from .trl import refuse_automatic_radius
 
 if TYPE_CHECKING:
     from .mixin import SAMTrainerMixin
@@ -59,6 +60,7 @@ class TrainingState:
     def __init__(self, trainer: SAMTrainerMixin) -> None:
         self.trainer = trainer
         self.config = config = trainer.sam_config
+        refuse_automatic_radius(trainer)
         model, args, optimizer = trainer.model, trainer.args, trainer.optimizer
         assert model is not None
         reshard(model)

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..engine.recorder import KeptInputs
 
+_LOG_PROBABILITIES = "_get_per_token_logps_and_entropies"  # a method of GRPO and RLOO
+
 
 def policy_recorders(
     trainer: Any, latest: Callable[[], KeptInputs | None]
@@ -25,8 +27,7 @@ def policy_recorders(
     `latest` returns the kept inputs of the call that is being recorded, or None. The result, by
     name, replaces methods of the trainer; it is empty for trainers that are not TRL's.
     """
-    method = "_get_per_token_logps_and_entropies"
-    compute = getattr(trainer, method, None)
+    compute = getattr(trainer, _LOG_PROBABILITIES, None)
     if compute is None:
         return {}
 
@@ -40,7 +41,20 @@ def policy_recorders(
             inputs.setdefault("old_per_token_logps", result[0].detach())
         return result
 
-    return {method: keep}
+    return {_LOG_PROBABILITIES: keep}
+
+
+def refuse_automatic_radius(trainer: Any) -> None:
+    """Raise a ValueError if a trainer of policy gradients (GRPO, RLOO) has no number for `sam_rho`.
+
+    Their loss is near 0 throughout: it does not show what was learned, which the rule needs.
+    """
+    is_policy = hasattr(trainer, "reward_funcs") and hasattr(trainer, _LOG_PROBABILITIES)
+    if is_policy and trainer.sam_config.sam_rho is None:
+        raise ValueError(
+            f"sam_rho=None (auto) is not allowed with {type(trainer).__name__}: the loss of a "
+            "policy gradient does not show what was learned. Set a number, such as sam_rho=0.05."
+        )
 
 
 def activation_offloading(trainer: Any) -> AbstractContextManager[Any]:

@@ -45,6 +45,14 @@ _CLOCK = {"step_time", "train_runtime", "train_samples_per_second", "train_steps
 _OTHER = _CLOCK | {"grad_norm", "total_flos"}  # the gradient that steps is that at w + e
 
 
+@pytest.mark.parametrize(
+    "row", [row for name, row in TRL.items() if "grpo" in name or "rloo" in name]
+)
+def test_a_policy_gradient_needs_a_number(row):
+    with pytest.raises(ValueError, match=r"sam_rho=None \(auto\) is not allowed with"):
+        build(row, {}, max_steps=1).train()
+
+
 @ROWS
 def test_rho_0_is_the_plain_trainer_to_the_last_bit(row):
     plain, off = build(row), build(row, {"sam_rho": 0.0})

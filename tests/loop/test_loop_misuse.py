@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -125,15 +126,40 @@ def test_a_step_in_the_middle_of_an_update_is_refused():
     optimizer.step()
 
 
-def test_two_updates_without_a_step_keep_both_gradients():
-    model, _, sam = new(sam_rho=1e-9)
-    for _ in range(2):
+def test_two_updates_without_a_step_keep_both_gradients_with_one_warning():
+    model, optimizer, sam = new(sam_rho=1e-9)
+    sam.backward(lambda: model(**BATCH)["loss"])
+    with pytest.warns(
+        UserWarning, match=r"before optimizer.step\(\): each call has a pert"
+    ) as said:
         sam.backward(lambda: model(**BATCH)["loss"])
     total = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model(**BATCH)["loss"].backward()
     expected = [2 * p.grad for p in model.parameters()]
     torch.testing.assert_close(total, expected, rtol=0, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sam.backward(lambda: model(**BATCH)["loss"])  # said once
+        model, optimizer, sam = new()
+        for _ in range(3):  # and not at all where the loop steps
+            for is_end in (False, True):
+                sam.backward(lambda m=model: m(**BATCH)["loss"], end_of_update=is_end)
+            optimizer.step()
+    assert len(said) == 1
+
+
+def test_a_closure_that_calls_backward_itself_is_told():
+    model, _, sam = new()
+
+    def closure():
+        loss = model(**BATCH)["loss"]
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="second time") as error:
+        sam.backward(closure)
+    assert "must not call backward() itself" in error.value.__notes__[0]
 
 
 def test_two_updates_without_a_step_are_refused_where_that_loses_gradient():
