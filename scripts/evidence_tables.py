@@ -10,6 +10,7 @@ without its ending, a `results.json` of `compare_methods.py`, or several with co
     gain        gains at each level
     measures    calibration, robustness and sharpness
     recipes     each recipe's cost, and its gain and share of SAM's on each of the files
+    robustness  what models of SAM and of plain training lose by shifts of data and weights
     summary     a line for each recipe of each file: the means over the levels
     mse         forecasts: the errors of the last epoch
     selected    forecasts: the errors of the epoch with the least validation error
@@ -31,6 +32,7 @@ from compare.report import (
     main_table,
     measures_table,
     recipes_table,
+    robustness_table,
     summary_table,
 )
 from compare.results import read_results
@@ -63,6 +65,7 @@ TABLES: dict[str, Callable[[list[Path]], str]] = {
     "gain": of_one(gain_table),
     "measures": of_one(measures_table),
     "recipes": lambda files: recipes_table([Comparison(read_results(f), "sam") for f in files]),
+    "robustness": lambda files: robustness_table({f.stem: read_results(f) for f in files}, "auto"),
     "summary": lambda files: summary_table({f.stem: read_results(f) for f in files}),
     "mse": lambda files: series.table([read_results(f) for f in files], "mse"),
     "selected": lambda files: series.table([read_results(f) for f in files], "selected_mse"),

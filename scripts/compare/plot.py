@@ -120,7 +120,7 @@ def draw_gains(comparison: Any, file: Path) -> None:
         axes.axvline(0, color=PLAIN_STYLE[0], linewidth=1)
         if len(levels) > 1:
             axes.axhline(len(levels) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
-        axes.set_title(f"over plain training with as many {what}", fontsize="medium")
+        axes.set_title(f"over plain training, same number of {what}", fontsize="medium")
         what = f"{comparison.metric_in_words}, {comparison.unit}"
         axes.set_xlabel(f"Gain in test {what} (95 % interval)")
         axes.grid(axis="x", alpha=0.25)
@@ -165,7 +165,7 @@ def draw_sharpness(comparison: Any, file: Path) -> bool:
         axes.set_title(name if len(levels) > 1 else "", fontsize="medium")
     marks = [_mark(name, *style) for name, style in styles.items()]
     if (frame["length"] != 1).any():
-        label = "plain, with as many passes as a recipe"
+        label = "plain, at equal passes"
         marks.insert(1, _mark(label, *PLAIN_STYLE, markerfacecolor="none"))
     _save(figure, file, comparison.title().replace("mean over ", ""), marks)
     return True

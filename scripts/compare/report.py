@@ -325,6 +325,27 @@ def summary_table(contents: dict[str, dict[str, Any]]) -> str:
     return markdown(head, lines)
 
 
+def robustness_table(contents: dict[str, dict[str, Any]], name: str) -> str:
+    """What a recipe's models and plain training's lose by a shift of the data and of the weights.
+
+    Args:
+        contents: of the files, by their names without ending.
+        name: of the recipe.
+    """
+    head = ["file", "measure", "plain", "plain, equal passes", name]
+    head += ["difference to plain", "difference, equal passes"]
+    lines = []
+    for file, content in contents.items():
+        found = Comparison(content, name, [name])
+        for key, words, digits in MEASURES:
+            if key.startswith("lost.") or key in ("corrupted_accuracy", "next_season_mse"):
+                at = found.contrast(name, key=key)
+                scores = [score.show(digits) for score in (at.plain, at.longer, at.value)]
+                gains = [gain.show_signed(digits, 1) for gain in (at.gain, at.equal_gain)]
+                lines += [[file, words, *scores, *gains]] if at.value.is_known else []
+    return markdown(head, lines)
+
+
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, with columns of equal width."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
