@@ -30,7 +30,7 @@ def test_a_workflow_has_least_permissions_and_its_jobs_have_time_limits(name):
     assert workflow["permissions"] == {"contents": "read"} and "concurrency" in workflow
     for job in workflow["jobs"].values():
         assert job["timeout-minutes"] <= 180
-        assert job.get("permissions", {}).keys() <= {"id-token"}
+        assert job.get("permissions", {}).keys() <= {"id-token", "pages"}  # to publish
 
 
 @pytest.mark.parametrize("name", ["bug_report", "feature_request"])
