@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compare import radius, series
+from compare.comparison import Comparison
 from compare.report import (
-    Comparison,
     gain_table,
     main_table,
     measures_table,

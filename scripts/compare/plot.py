@@ -129,8 +129,8 @@ def draw_gains(comparison: Any, file: Path) -> None:
     marks = []
     for name, style in zip(others, STYLES, strict=False):
         rho = comparison.rho(name)
-        is_told = isinstance(rho, float | int) and "rho" not in name
-        with_rho = f"{name}, rho {rho:g}" if is_told else name
+        is_shown = isinstance(rho, float | int) and "rho" not in name
+        with_rho = f"{name}, rho {rho:g}" if is_shown else name
         marks.append(_mark(with_rho, *style))
     _save(figure, file, comparison.title(), marks)
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 from common.cli import InputError, closest
+from compare.comparison import in_words
 from compare.estimates import Estimate, mean_interval, paired_gain
 from compare.forecasting import LEVEL as NO_LEVEL
 from compare.plot import draw_radius
 from compare.recipes import PLAIN
-from compare.report import in_words, markdown
+from compare.report import markdown
 from compare.results import check_results, read_json
 
 FIXED = 0.05  # of SAM, the usual radius

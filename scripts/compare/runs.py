@@ -19,10 +19,10 @@ import torch
 from benchmarks.benchmark_utils import Clock, peak_memory
 from common.runs import ComputeMeter
 from compare.arguments import TUNING_SEEDS
+from compare.comparison import plain_length
 from compare.forecasting import ForecastingOptions, ForecastingTask
 from compare.measures import CurveMeter, RadiusMeter, finite, measure_model, scores, select
 from compare.recipes import PLAIN, Recipe, RecipeBook
-from compare.report import plain_length
 from compare.results import ResultsFile, RunSpec, conclude_search, read_rho_file
 from compare.tasks import Task, build_task
 from compare.third_party_sam import ThirdPartyTrainer
@@ -43,7 +43,7 @@ def task_of(options: Any) -> Task | ForecastingTask:
 
 
 def compare(recipes: list[Recipe], task: Task, options: Any, file: ResultsFile) -> None:
-    """Train all recipes, then plain training with as many passes, then measure the costs."""
+    """Train all recipes, then plain training at equal passes, then measure the costs."""
     points = [(level, seed) for seed in options.seeds for level in task.levels]
     wanted = [(r, RunSpec(r.name, level, seed)) for level, seed in points for r in recipes]
     run_all(wanted, task, options, file, "equal updates")

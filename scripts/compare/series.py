@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from compare.comparison import Comparison
 from compare.recipes import PLAIN
-from compare.report import Comparison, markdown
+from compare.report import markdown
 
 SHOWN = {"auto": "SAM", "auto, last quarter": "SAM, last quarter", "sam": "SAM, rho 0.7"}
 # Test MSE of the SAMformer paper's table 1, https://arxiv.org/abs/2402.10198, by series and steps:

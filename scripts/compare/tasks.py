@@ -209,7 +209,7 @@ def build_task(options: Any) -> Task | ForecastingTask:
 
 
 def _levels(task: Task, options: Any) -> dict[str, Level]:
-    """Each kind of labels with each --train_fraction; `compare.report.in_words` reads the names."""
+    """Each kind of labels with each --train_fraction; `in_words` reads the names."""
     usual, tuned = NOISES.get(options.task, (0.0, 0.2)), 0.4 if task.kind == "images" else 0.2
     kinds: dict[str, float | np.ndarray] = dict(task.human_labels)
     if not kinds or options.label_noise is not None:

@@ -13,9 +13,10 @@ from common.cli import InputError
 from compare import report as comparison_report
 from compare import runs as comparison_runs
 from compare.arguments import TUNING_SEEDS
+from compare.comparison import Comparison, plain_length
 from compare.estimates import mean_interval, paired_gain, share
 from compare.recipes import Recipe, RecipeBook
-from compare.report import Comparison, gain_table, measures_table, plain_length
+from compare.report import gain_table, measures_table
 from compare.results import ResultsFile, RunSpec
 from compare.runs import build_trainer, train_once
 from comparison import RECIPES, TINY, cells, results, tiny_task, two_levels, write_recipes
@@ -377,7 +378,7 @@ def test_each_model_is_a_point_of_its_score_against_its_sharpness(tmp_path, monk
     notes = [axes.get_xlabel() for axes in grid[2:]]
     assert sum(int(note.split()[-2]) for note in notes) == 13
     labels = [text.get_text() for text in shown[-1].legends[0].get_texts()]
-    assert labels == ["plain", "plain, with as many passes as a recipe", "sam"]
+    assert labels == ["plain", "plain, at equal passes", "sam"]
     monkeypatch.undo()
     plt.close("all")
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from compare import series
 from compare.arguments import Options
+from compare.comparison import Comparison
 from compare.recipes import PLAIN, Recipe
-from compare.report import Comparison, main_table, measures_table, recipes_table
+from compare.report import main_table, measures_table, recipes_table
 from compare.results import RunSpec
 from compare.runs import read_prefix, train_once
 from compare.tasks import build_task
