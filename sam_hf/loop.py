@@ -345,6 +345,6 @@ class _LoopBatch:
                 sam._accelerator.backward(loss)
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
-                error.add_note("The closure of sam.backward must not call backward() itself.")
+                error.add_note("If the closure calls backward() itself, remove that call.")
             raise
         return part

@@ -8,15 +8,19 @@
         --validation_file test.parquet --labels_file labels.parquet --label_column worse_label
     python scripts/compare_methods.py --task trec6 --train_file train.parquet \\
         --validation_file test.parquet --model_name_or_path path/to/encoder --train_fraction 1 0.1
+    python scripts/compare_methods.py --task forecasting --data_file series.csv --recipes auto \\
+        --prediction_lengths 96 336
 
 A seed fixes the data, wrong labels, initial weights, order and schedule, which are the same for all
-recipes. The final model is scored on test examples with right labels. An interrupted command
-continues when it is repeated. The table:
+recipes. The final model is scored on test examples with right labels. Levels are shares of wrong
+labels, or the horizons of a series. An interrupted command continues when it is repeated. The
+table:
 
     accuracy          mean over the seeds, with its 95 % interval (Student's t); for CoLA the
-                      Matthews correlation
-    gain              over plain training, in points: mean of the differences seed by seed, averaged
-                      over the noise levels, with the interval of the paired t-test
+                      Matthews correlation, for a series the MSE of the last epoch
+    gain              over plain training, in points, or in percent of its MSE: mean of the
+                      differences seed by seed, averaged over the levels, with the interval of the
+                      paired t-test
     share             of the gain of --reference, with Fieller's interval over the same pairs; "-"
                       if the interval of the reference's gain includes zero
     gain, equal       gain over longer plain training, with the recipe's number of passes to the
@@ -28,10 +32,10 @@ continues when it is repeated. The table:
                       recipe trains a complete short schedule
     memory            peak beyond that of plain training, in units of the bytes of the model
 
-A second table has further measures of the final models, means over the noise levels, next to those
-of plain training: calibration, accuracy on corrupted images (scripts/compare/corruptions.py), and
-with --sharpness the sharpness of the training loss (sam_hf.diagnostics), which sharpness.png shows
-for each model.
+A second table has further measures of the final models, means over the levels, next to those of
+plain training: calibration, scores on corrupted images (scripts/compare/corruptions.py) or in the
+season after the test part, what rounding the weights and noise in them cost, and with --sharpness
+the sharpness of the training loss (sam_hf.diagnostics), which sharpness.png shows for each model.
 
 --tune scores each rho of a grid on a part of the training examples with right labels, with other
 seeds and at one noise level, and writes --rho_file. The test examples are not used.
@@ -39,18 +43,11 @@ seeds and at one noise level, and writes --rho_file. The test examples are not u
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from common.cli import InputError, OptionParser, run_script
 from compare.arguments import Options
-
-
-def default_reference(names: Iterable[str]) -> str:
-    """SAM, or if it is not compared, the first recipe that is not plain training."""
-    others = [name for name in names if name != "plain"]
-    return "sam" if "sam" in others or not others else others[0]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -60,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     # Not at the top: they take seconds to import, and `--help` does not need them.
     import torch
     from common.resuming import require_writable
+    from compare.comparison import default_reference
     from compare.recipes import RecipeBook
     from compare.report import report
     from compare.results import ResultsFile, read_results, read_rho_file, warn_of_other_settings
@@ -80,7 +78,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.tune:
         return tune(book, options, folder)
     rho_file = Path(options.rho_file)
-    found = {} if options.rho else read_rho_file(rho_file)
+    found = {} if options.rhos else read_rho_file(rho_file)
+    book.require(options.rhos, "--rho")
     recipes = book.choose(options.recipes, options.rhos or found.get("best", {}))
     names = [recipe.name for recipe in recipes]
     reference = options.reference or default_reference(names)

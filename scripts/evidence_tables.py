@@ -24,9 +24,10 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from compare import radius, series
-from compare.comparison import Comparison
+from compare.comparison import Comparison, default_reference
 from compare.report import (
     gain_table,
     main_table,
@@ -46,12 +47,17 @@ _PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(?:\|.*\n)*")
 def of_one(make: Callable[[Comparison], str]) -> Callable[[list[Path]], str]:
     def table(files: list[Path]) -> str:
         (file,) = files
-        comparison = Comparison(read_results(file), "sam")
-        if comparison.notes:
-            raise ValueError(f"{file.name}: {comparison.notes[0]}: finish them, or remove them")
-        return make(comparison)
+        return make(Comparison(finished(file), "sam"))
 
     return table
+
+
+def finished(file: Path) -> dict[str, Any]:
+    """The content of a results file; a ValueError if runs are missing."""
+    content = read_results(file)
+    if notes := Comparison(content, default_reference(content["recipes"])).notes:
+        raise ValueError(f"{file.name}: {notes[0]}: finish them, or remove them")
+    return content
 
 
 def radius_table(files: list[Path]) -> str:
@@ -64,11 +70,11 @@ TABLES: dict[str, Callable[[list[Path]], str]] = {
     "main": of_one(main_table),
     "gain": of_one(gain_table),
     "measures": of_one(measures_table),
-    "recipes": lambda files: recipes_table([Comparison(read_results(f), "sam") for f in files]),
-    "robustness": lambda files: robustness_table({f.stem: read_results(f) for f in files}, "auto"),
-    "summary": lambda files: summary_table({f.stem: read_results(f) for f in files}),
-    "mse": lambda files: series.table([read_results(f) for f in files], "mse"),
-    "selected": lambda files: series.table([read_results(f) for f in files], "selected_mse"),
+    "recipes": lambda files: recipes_table([Comparison(finished(f), "sam") for f in files]),
+    "robustness": lambda files: robustness_table({f.stem: finished(f) for f in files}, "auto"),
+    "summary": lambda files: summary_table({f.stem: finished(f) for f in files}),
+    "mse": lambda files: series.table([finished(f) for f in files], "mse"),
+    "selected": lambda files: series.table([finished(f) for f in files], "selected_mse"),
     "radius": radius_table,
 }
 

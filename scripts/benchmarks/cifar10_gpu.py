@@ -159,6 +159,18 @@ def train(way: str, seed: int, train_set: DeviceImages, test: DeviceImages, args
     return {"way": way, "seed": seed, **found, "seconds": round(seconds, 1)}
 
 
+def passes(way: str) -> int:
+    """Forward-backward passes in units of plain training's."""
+    rho, factor = WAYS[way]
+    return factor if rho == 0 else 2 * factor
+
+
+def seconds_per_pass(run: dict[str, Any]) -> float:
+    """Seconds of a pass over the training images, with its share of the scoring."""
+    rho, _ = WAYS[run["way"]]
+    return run["seconds"] / len(run["scores"]) / (1 if rho == 0 else 2)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -180,7 +192,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     pixels, right = read_images(args.train_file, args.device)
     test_pixels, test_labels = read_images(args.test_file, args.device)
     test = DeviceImages(test_pixels, torch.tensor(test_labels, device=args.device), augment=False)
-    human = args.labels_file and pd.read_parquet(args.labels_file)["worse_label"].to_numpy()
+    human = None
+    if args.labels_file:
+        labels = pd.read_parquet(args.labels_file)
+        if not np.array_equal(labels["clean_label"], right):
+            raise SystemExit(f"{args.labels_file}: clean_label differs from --train_file's labels")
+        human = labels["worse_label"].to_numpy()
     names = ("model", "epochs", "batch_size", "learning_rate", "device")
     head = {name: getattr(args, name) for name in names}
     head |= {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -191,20 +208,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if differences := [name for name in head if content.get(name) != head[name]]:
             raise SystemExit(f"{file} was made with another {differences[0]}: choose another file")
     done = {(run["labels"], run["way"], run["seed"]) for run in content["runs"]}
-    per_epoch = [run["seconds"] / len(run["scores"]) for run in content["runs"]]
+    per_pass = [seconds_per_pass(run) for run in content["runs"]]
     kinds = ["40 % wrong", *(["worse label"] if human is not None else [])]
     for seed, kind, way in [(s, k, w) for s in args.seeds for k in kinds for w in WAYS]:
         left = 60 * args.minutes - (time.perf_counter() - start)
-        factor = WAYS[way][1]
-        # The slowest epoch timed so far is one with SAM, or takes half as long.
-        expected = factor * args.epochs * max(per_epoch, default=0.0)
+        expected = passes(way) * args.epochs * max(per_pass, default=0.0)
         if (kind, way, seed) in done or expected > left or left < 0:
             continue
         labels = human if kind == "worse label" else add_symmetric_noise(right, 10, 0.4, seed)
         on_device = torch.tensor(labels, device=args.device)
         train_set = DeviceImages(pixels, on_device, augment=True)
         run = {"labels": kind, **train(way, seed, train_set, test, args)}
-        per_epoch.append(run["seconds"] / len(run["scores"]))
+        per_pass.append(seconds_per_pass(run))
         content["runs"].append(run)
         save_json(content, file)
         peak, final = (f"{run[name]:.4f}" for name in ("peak", "final"))

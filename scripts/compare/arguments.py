@@ -70,13 +70,15 @@ class Options:
     timing_rounds: int = option("Times each recipe is timed. 0: costs are left out.", default=7)
     timing_updates: int = option("Updates of a recipe in a round.", default=40)
     num_train_epochs: float | None = option(
-        "Of plain training. 64 for digits, 30 for cifar10, 3 for sst2, 5 for other texts if not "
-        "given."
+        "Of plain training. 64 for digits, 30 for cifar10, 3 for sst2, 5 for other texts, for "
+        "forecasting that of --config if not given."
     )
-    per_device_train_batch_size: int | None = option("128 for images, 32 for texts if not given.")
+    per_device_train_batch_size: int | None = option(
+        "128 for images, 32 for texts, for forecasting that of --config if not given."
+    )
     learning_rate: float | None = option(
         "2e-3 for digits, 1e-3 for a ViT and 0.1 (SGD) for a Wide-ResNet on cifar10, 5e-5 for "
-        "texts if not given."
+        "texts, for forecasting that of --config if not given."
     )
     dataloader_num_workers: int = option("Processes that load the data of a run.", default=0)
     max_train_samples: int | None = option("Train on a random subset, the same for every seed.")
@@ -197,4 +199,5 @@ class Options:
         check(("depth", "width"), model == "wrn", "with --model vit")
         others = [name for name in defaults if name not in OF_REPORTS]
         check(others, self.from_json is None, "with --from_json")
-        check(("label_noise", "sharpness"), not self.tune, "with --tune")
+        check(("label_noise", "sharpness", "rho"), not self.tune, "with --tune")
+        check(("rho_file",), not self.rho, "with --rho")

@@ -7,7 +7,7 @@ the order of the data. So recipes are compared seed by seed: the effect of the s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -54,16 +54,15 @@ class Comparison:
     ) -> None:
         self.settings, self.recipes = content["settings"], content["recipes"]
         self.costs = content.get("costs", {}).get("recipes", {})
-        self.metric, self.reference = self.settings.get("metric", "accuracy"), reference
-        self.lower_is_better = self.metric == "mse"
+        own = self.settings.get("metric", "accuracy")
+        self.metric, self.reference, self.lower_is_better = metric or own, reference, own == "mse"
         self.unit = "% of the MSE of plain training" if self.lower_is_better else "points"
         self.gain_in_words = "gain, %" if self.lower_is_better else "gain"
-        self.metric = metric or self.metric
         if not content["runs"]:
             raise InputError("the results file has no runs yet")
         frame = pd.json_normalize(content["runs"])
         for key in [key for key in frame if key.startswith(("rounded.", "noisy."))]:
-            change = frame[self.metric].astype(float) - frame[key].astype(float)
+            change = frame[own].astype(float) - frame[key].astype(float)
             frame[f"lost.{key}"] = -change if self.lower_is_better else change
         for key, values in zip(("seed", "level"), asked, strict=False):
             frame = frame[frame[key].isin(values)]
@@ -184,6 +183,12 @@ class Comparison:
             if not np.isnan(scores).any():
                 curve.append((length, float(self.gains(scores, usual).mean())))
         return curve
+
+
+def default_reference(names: Iterable[str]) -> str:
+    """SAM, or if it is not compared, the first recipe that is not plain training."""
+    others = [name for name in names if name != PLAIN]
+    return "sam" if "sam" in others or not others else others[0]
 
 
 def plain_length(passes: Sequence[float]) -> float:

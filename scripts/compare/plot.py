@@ -35,7 +35,7 @@ def draw_gain_and_cost(comparison: Any, file: Path) -> None:
     groups = dict.fromkeys(comparison.recipes[name]["group"] for name in others)
     styles = {group: STYLES[i % len(STYLES)] for i, group in enumerate(groups)}
     figure, axes = plt.subplots(figsize=(11, 7), layout="constrained")
-    label = f"plain training that takes as {'long' if is_timed else 'many passes'}"
+    label = f"plain training with the same {'time' if is_timed else 'number of passes'}"
     curve = np.array([(length, 100 * gain) for length, gain in comparison.plain_curve()])
     axes.plot(*curve.T, "--", color=PLAIN_STYLE[0], label=label)
     points = []

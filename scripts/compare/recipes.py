@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -149,11 +149,15 @@ class RecipeBook:
             raise InputError(f"--tune: none of the recipes has a grid in {self.file}")
         return _checked(trials)
 
-    def _available(self, names: Sequence[str] | None) -> list[Recipe]:
-        for name in names or ():
+    def require(self, names: Iterable[str], option: str) -> None:
+        """Raise an InputError if the file has no recipe of one of these names."""
+        for name in names:
             if name not in self.recipes:
-                where = f"--recipes: {self.file}"
+                where = f"{option}: {self.file}"
                 raise InputError(f"{where} has no recipe {name!r}{closest(name, self.recipes)}")
+
+    def _available(self, names: Sequence[str] | None) -> list[Recipe]:
+        self.require(names or (), "--recipes")
         chosen = [r for n, r in self.recipes.items() if names is None or n in (PLAIN, *names)]
         missing = [r.name for r in chosen if r.trainer == PACKAGE]
         if missing and not third_party_sam.is_installed():

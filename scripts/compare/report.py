@@ -168,8 +168,8 @@ def report(folder: Path, content: dict, reference: str, names: Some, *asked: Som
         if abs(timed - passes) > 0.05:
             notes.append(f"note: {name} made {timed:.2f} passes an update when it was timed")
     table, measures = main_table(comparison), measures_table(comparison)
-    text = [f"# {title}", table, *notes, "## At each noise level", gain_table(comparison)]
-    text += ["## Measures of the final models, means over the noise levels", measures]
+    text = [f"# {title}", table, *notes, "## At each level", gain_table(comparison)]
+    text += ["## Measures of the final models, means over the levels", measures]
     text += [
         "## Recipes",
         *(f"{name}: {recipes[name]['description']}" for name in comparison.names),

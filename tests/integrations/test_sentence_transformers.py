@@ -1,4 +1,4 @@
-"""`SentenceTransformerTrainer` with SAM: the plain trainer beside it, and a twin."""
+"""`SentenceTransformerTrainer` with SAM: next to the plain trainer, and a twin."""
 
 from __future__ import annotations
 

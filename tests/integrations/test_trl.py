@@ -1,4 +1,4 @@
-"""TRL's trainers with SAM, the plain trainer beside them: nothing is counted or adapted twice."""
+"""TRL's trainers with SAM, next to the plain trainer: nothing is counted or adapted twice."""
 
 from __future__ import annotations
 

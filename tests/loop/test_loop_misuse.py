@@ -159,7 +159,7 @@ def test_a_closure_that_calls_backward_itself_is_told():
 
     with pytest.raises(RuntimeError, match="second time") as error:
         sam.backward(closure)
-    assert "must not call backward() itself" in error.value.__notes__[0]
+    assert "calls backward() itself" in error.value.__notes__[0]
 
 
 def test_two_updates_without_a_step_are_refused_where_that_loses_gradient():

@@ -48,7 +48,8 @@ def test_runs_are_recorded_and_not_repeated(tmp_path, monkeypatch, capsys):
             files.append({"bytes": file.getvalue(), "path": None})
         frame = pd.DataFrame({"img": files, "label": np.arange(count) % 10})
         frame.to_parquet(tmp_path / f"{name}.parquet")
-    human = pd.DataFrame({"worse_label": np.arange(32)[::-1] % 10})
+    labels = {"clean_label": np.arange(32) % 10, "worse_label": np.arange(32)[::-1] % 10}
+    human = pd.DataFrame(labels)
     human.to_parquet(tmp_path / "human.parquet")
     config = WideResNetConfig(depth=10, width=1, num_labels=10)
     tiny = {"wrn16-4": lambda: WideResNetForImageClassification(config)}
@@ -69,5 +70,9 @@ def test_runs_are_recorded_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert cifar10_gpu.main(given) == json.loads((tmp_path / "out.json").read_text()) == content
     with pytest.raises(SystemExit, match="was made with another epochs"):
         cifar10_gpu.main([*given, "--epochs", "2"])
+    human.assign(clean_label=0).to_parquet(tmp_path / "human.parquet")
+    with pytest.raises(SystemExit, match="clean_label differs"):
+        cifar10_gpu.main(given)
+    human.to_parquet(tmp_path / "human.parquet")
     (tmp_path / "out.json").unlink()  # none is started that would not end in time
     assert cifar10_gpu.main([*given, "--minutes", "0"])["runs"] == []

@@ -133,7 +133,7 @@ def test_inputs_are_prepared_once():
 
 
 class Measures(SAMTrainer):
-    """Calls compute_loss without gradients beside the training pass."""
+    """Calls compute_loss without gradients in addition to the training pass."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with torch.no_grad():
