@@ -165,3 +165,5 @@ def test_options_of_a_series_are_refused_elsewhere():
             Options(**options)
     with pytest.raises(ValueError, match="--model has no effect with --task digits"):
         Options(model="samformer")
+    with pytest.raises(ValueError, match="--rho has no effect with --tune"):
+        Options(rho=["sam=0.7"], tune=True)

@@ -137,7 +137,6 @@ def test_a_wrong_class_or_option_of_the_other_package_is_refused(optimizer, opti
         (["--recipes", "sma"], "no recipe 'sma' .did you mean"),
         (["--recipe", "sam"], "unknown option --recipe"),
         (["--rho", "smam=0.7"], "--rho: .* has no recipe 'smam'"),
-        (["--rho", "sam=0.7", "--tune", "true"], "--rho has no effect with --tune"),
         (["--rho", "sam=0.7", "--rho_file", "x"], "--rho_file has no effect with --rho"),
         (["--reference", "adam"], "--reference 'adam' is none of the recipes"),
         (["--recipes_file", "/no/such.yaml"], "--recipes_file '/no/such.yaml' cannot be read"),
