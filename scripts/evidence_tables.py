@@ -2,6 +2,7 @@
 
     python scripts/evidence_tables.py            # after a file of docs/results/ has changed
     python scripts/evidence_tables.py --check    # list the pages that differ; exit 1 if one does
+    python scripts/evidence_tables.py --picture  # the README's, of etth1.json and etth2.json
 
 A table follows a line `<!-- table: FILE KIND -->`. FILE is the name of a file of docs/results/
 without its ending, a `results.json` of `compare_methods.py`, or several with commas between. KIND:
@@ -28,6 +29,7 @@ from typing import Any
 
 from compare import radius, series
 from compare.comparison import Comparison, default_reference
+from compare.plot import draw_errors
 from compare.report import (
     gain_table,
     main_table,
@@ -40,7 +42,7 @@ from compare.results import read_results
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-PAGES = ROOT / "docs" / "evidence"
+PAGES, PICTURE = ROOT / "docs" / "evidence", ROOT / "docs" / "forecasting.png"
 _PLACE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n)(?:\|.*\n)*")
 
 
@@ -103,7 +105,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
-    check = parser.parse_args(argv).check
+    parser.add_argument("--picture", action="store_true", help="draw docs/forecasting.png too")
+    args = parser.parse_args(argv)
+    check = args.check
+    if args.picture:
+        contents = [finished(RESULTS / f"{name}.json") for name in ("etth1", "etth2")]
+        draw_errors(contents, "96 steps", PICTURE)
+        print(f"{PICTURE.name}: drawn")
     differ = False
     for page in sorted(PAGES.glob("*.md")):
         old = page.read_text("utf-8")

@@ -133,17 +133,17 @@ def measure_model(trainer: Trainer, task: Any, spec: Any, with_sharpness: bool) 
 @contextmanager
 def changed_weights(model: nn.Module, change: Any, size: float, seed: int) -> Iterator[None]:
     """The model with each parameter changed, and afterwards as it was."""
-    generator, before = torch.Generator().manual_seed(seed), {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            before[name] = parameter.clone()
-            parameter.copy_(change(parameter, size, generator))
+    generator, before = torch.Generator().manual_seed(seed), list[tuple[Tensor, Tensor]]()
     try:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                before.append((parameter, parameter.clone()))
+                parameter.copy_(change(parameter, size, generator))
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(before[name])
+            for parameter, weight in before:
+                parameter.copy_(weight)
 
 
 def rounded(weight: Tensor, bits: int, generator: torch.Generator) -> Tensor:

@@ -111,6 +111,12 @@ def test_the_weights_are_changed_for_the_score_alone_and_the_same_each_time():
             seen.append(model.weight.detach().clone())
             raise KeyError
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], before[0])
+
+    def fail_at_the_bias(weight, size, generator):
+        return weight + 1 if weight.ndim == 2 else 1 / 0
+
+    with pytest.raises(ZeroDivisionError), changed_weights(model, fail_at_the_bias, 1, seed=0):
+        pass
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import evidence_tables  # noqa: E402
 from evidence_tables import PAGES, RESULTS, TABLES, main, with_tables  # noqa: E402
 
 TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES.glob("*.md")}
@@ -25,6 +26,12 @@ def test_the_tables_are_made_from_the_committed_results(capsys):
     assert MARKS and all(with_tables(text, RESULTS) == text for text in TEXTS.values())
     assert main(["--check"]) == 0
     assert "those of the files" in capsys.readouterr().out
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence_tables, "PICTURE", tmp_path / "picture.png")
+    assert main(["--check", "--picture"]) == 0
+    assert (tmp_path / "picture.png").stat().st_size > 50_000
 
 
 def test_a_table_that_was_changed_by_hand_is_noticed():
